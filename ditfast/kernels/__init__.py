@@ -1,0 +1,67 @@
+"""The ops of the engine: plain functions and `torch.ops.ditfast.*`, one op a file, all listed in OPS.
+
+Importing compiles nothing and needs neither a GPU nor Triton. Each function takes `backend`: "auto", or one by name;
+`backend_of` says what "auto" takes where. Nothing falls back silently: a backend that cannot run raises BackendError.
+"""
+
+import torch
+
+from ._op import BackendError
+from .adaln_modulate import SPEC as _ADALN_MODULATE
+from .adaln_modulate import adaln_modulate
+from .attention import PACKED_SPEC as _ATTENTION_QKVPACKED
+from .attention import SPEC as _ATTENTION
+from .attention import attention, attention_qkvpacked
+from .gate_residual import SPEC as _GATE_RESIDUAL
+from .gate_residual import gate_residual
+from .gate_residual_adaln_modulate import SPEC as _GATE_RESIDUAL_ADALN_MODULATE
+from .gate_residual_adaln_modulate import gate_residual_adaln_modulate
+from .gelu_mlp import SPEC as _GELU_MLP
+from .gelu_mlp import gelu_mlp
+from .patchify import SPEC as _PATCHIFY
+from .patchify import patchify
+from .spec import OpSpec
+from .timestep_embedding import SPEC as _TIMESTEP_EMBEDDING
+from .timestep_embedding import timestep_embedding
+from .unpatchify import SPEC as _UNPATCHIFY
+from .unpatchify import unpatchify
+
+OPS: tuple[OpSpec, ...] = (
+    _ADALN_MODULATE,
+    _GATE_RESIDUAL,
+    _GATE_RESIDUAL_ADALN_MODULATE,
+    _ATTENTION,
+    _ATTENTION_QKVPACKED,
+    _GELU_MLP,
+    _TIMESTEP_EMBEDDING,
+    _PATCHIFY,
+    _UNPATCHIFY,
+)
+
+
+def backend_of(name: str, device: str | torch.device, dtype: torch.dtype, backend: str = "auto") -> str:
+    """The backend that op `name` takes for tensors of this device and dtype; BackendError where it cannot run.
+
+    ValueError for a name that is not in OPS.
+    """
+    specs = {spec.name: spec for spec in OPS}
+    if name not in specs:
+        raise ValueError(f"no op {name!r}; there are {', '.join(specs)}")
+    return specs[name].op.choose(backend, torch.device(device), dtype)
+
+
+__all__ = [
+    "OPS",
+    "BackendError",
+    "OpSpec",
+    "adaln_modulate",
+    "attention",
+    "attention_qkvpacked",
+    "backend_of",
+    "gate_residual",
+    "gate_residual_adaln_modulate",
+    "gelu_mlp",
+    "patchify",
+    "timestep_embedding",
+    "unpatchify",
+]

@@ -1,0 +1,174 @@
+"""From a reference and, where there are any, Triton launchers to an op: backends, `ditfast::` registration, autograd.
+
+The form of registration was chosen by its cost per call: raw ops by define / impl under one autograd.Function take a third
+of what custom_op with register_autograd takes, and are as opaque to torch.compile. A raw op is not differentiable.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import _triton
+
+_LIBRARY = torch.library.Library("ditfast", "FRAGMENT")
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class BackendError(ValueError):
+    """A backend that does not exist or cannot run here; the message says what is missing and how to get it."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The Triton side of an op; `Op` makes the raw ops <name>_fwd and <name>_bwd and the autograd of it.
+
+    inputs, attrs   schema of the tensors and of the other arguments: "Tensor x, Tensor scale", "float eps"
+    outputs, saved  names of the forward's results; the saved ones are for the backward only
+    empty(*inputs, *attrs)                            the results, not yet written
+    fwd(results, *inputs, *attrs)                     writes them
+    bwd(grads, *douts, *inputs, *saved, *attrs)       writes grads, contiguous tensors like the inputs
+    """
+
+    inputs: str
+    attrs: str
+    outputs: tuple[str, ...]
+    saved: tuple[str, ...]
+    empty: Callable[..., tuple[torch.Tensor, ...]]
+    fwd: Callable[..., None]
+    bwd: Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation and everything that can compute it.
+
+    ref(*inputs, *attrs) is differentiable plain PyTorch; functions holds other differentiable forms by backend name;
+    kernels the Triton side. Backends are preferred in the order of `backends`.
+    """
+
+    name: str
+    ref: Callable[..., Any]
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    kernels: Kernels | None = None
+    _apply: Callable[..., Any] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.kernels:
+            object.__setattr__(self, "_apply", _register(self.name, self.kernels))
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Every backend of this op, the preferred first."""
+        return (*(("triton",) if self.kernels else ()), *self.functions, "reference")
+
+    def choose(self, asked: str, device: torch.device, dtype: torch.dtype) -> str:
+        """The concrete backend for a first input of this device and dtype; BackendError where `asked` cannot run.
+
+        "auto" is the first of `backends`, except that triton is for 16 and 32 bits on a GPU: anywhere else it is slow.
+        A GPU without Triton is an error, not a reason to fall back.
+        """
+        if asked == "auto":
+            skipped = () if device.type == "cuda" and dtype in _TRITON_DTYPES else ("triton",)
+            asked = next(backend for backend in self.backends if backend not in skipped)
+        elif asked not in self.backends:
+            known = ", ".join(repr(backend) for backend in ("auto", *self.backends))
+            raise BackendError(f"{self.name}: backend {asked!r} is not one of {known}")
+        if asked == "triton" and (missing := _missing(device, dtype)):
+            raise BackendError(f"{self.name}: backend 'triton' cannot run: {missing}, or pass backend='reference'")
+        return asked
+
+    def __call__(self, backend: str, inputs: Sequence[torch.Tensor | None], attrs: Sequence[Any] = ()) -> Any:
+        """The outputs, differentiable, by the backend asked for."""
+        lead = inputs[0]
+        assert lead is not None
+        backend = self.choose(backend, lead.device, lead.dtype)
+        if backend == "triton":
+            assert self._apply is not None
+            return self._apply(*inputs, *attrs)
+        return self.functions.get(backend, self.ref)(*inputs, *attrs)
+
+
+def _missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps Triton from running on such tensors, and what to do about it."""
+    if dtype not in _TRITON_DTYPES:
+        return f"its kernels take float32, float16 and bfloat16, not {dtype}; convert the tensors"
+    if device.type == "meta":
+        return None
+    if not _triton.INSTALLED:
+        return "triton is not installed; pip install triton"
+    if device.type != "cuda" and not _triton.INTERPRETED:
+        return f"tensors on {device.type} need its interpreter; set TRITON_INTERPRET=1 before importing, use a GPU"
+    return None
+
+
+def _register(name: str, kernels: Kernels) -> Callable[..., Any]:
+    """Define ditfast::<name>_fwd and _bwd for CPU, CUDA, meta and fake tensors; return the differentiable pair."""
+    n_in, n_out = len(kernels.inputs.split(",")), len(kernels.outputs)
+
+    def fwd(*args: Any) -> tuple[torch.Tensor, ...]:
+        results = kernels.empty(*args)
+        kernels.fwd(results, *args)
+        return results
+
+    def fwd_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+        return fwd(*args) if _triton.is_recording() else kernels.empty(*args)
+
+    def bwd(*args: Any) -> tuple[torch.Tensor, ...]:
+        grads = bwd_empty(*args)
+        kernels.bwd(grads, *args)
+        return grads
+
+    def bwd_empty(*args: Any) -> tuple[torch.Tensor, ...]:
+        inputs = args[n_out : n_out + n_in]
+        return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs)
+
+    def bwd_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+        return bwd(*args) if _triton.is_recording() else bwd_empty(*args)
+
+    douts, saved = (f"Tensor d{output}" for output in kernels.outputs), (f"Tensor {name}" for name in kernels.saved)
+    raw_fwd = _define(f"{name}_fwd", (kernels.inputs, kernels.attrs), n_out + len(kernels.saved), fwd, fwd_fake)
+    raw_bwd = _define(f"{name}_bwd", (*douts, kernels.inputs, *saved, kernels.attrs), n_in, bwd, bwd_fake)
+
+    class Apply(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            results = _tuple(raw_fwd(*args))
+            ctx.save_for_backward(*args[:n_in], *results[n_out:])
+            ctx.attrs = args[n_in:]
+            return results[0] if n_out == 1 else results[:n_out]
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *douts: torch.Tensor) -> Any:
+            grads = _tuple(raw_bwd(*douts, *ctx.saved_tensors, *ctx.attrs))
+            return *grads, *(None for _ in ctx.attrs)
+
+    Apply.__name__ = Apply.__qualname__ = name
+    return Apply.apply
+
+
+def _define(
+    name: str, arguments: Sequence[str], n_results: int, impl: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The raw op ditfast::<name>."""
+    signature = ", ".join(filter(None, arguments))
+    tags = (torch.Tag.pt2_compliant_tag,)
+    _LIBRARY.define(f"{name}({signature}) -> ({', '.join(['Tensor'] * n_results)})", tags=tags)
+    if n_results == 1:
+        impl, fake = _only(impl), _only(fake)
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, impl, device)
+    torch.library.register_fake(f"ditfast::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.ditfast, name).default
+
+
+def _only(fn: Callable[..., tuple[torch.Tensor]]) -> Callable[..., torch.Tensor]:
+    """The result of `fn` out of its tuple: a schema of one result wants it bare."""
+    return lambda *args: fn(*args)[0]
+
+
+def _tuple(results: Any) -> tuple[torch.Tensor, ...]:
+    return (results,) if isinstance(results, torch.Tensor) else tuple(results)

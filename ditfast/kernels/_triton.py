@@ -1,0 +1,89 @@
+"""Triton as the ops see it: `jit`, `tl` and `launch`, on a GPU, in the interpreter, under a recorder, or absent.
+
+Triton decides between compiler and interpreter when `jit` decorates, so TRITON_INTERPRET=1 must be in the environment
+before triton is first imported. Without Triton the kernels are plain functions that nobody launches.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    INSTALLED = True
+    INTERPRETED = bool(triton.knobs.runtime.interpret)
+    jit = triton.jit
+except ImportError:
+    INSTALLED = INTERPRETED = False
+
+    class tl:  # type: ignore[no-redef]
+        """What the signatures of the kernels name."""
+
+        constexpr = object
+
+    def jit(fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Leave `fn` as it is."""
+        return fn
+
+
+if INTERPRETED:
+    from ._interpreter import mended_bfloat16 as _environment
+else:
+    _environment = nullcontext
+
+
+class Launch(NamedTuple):
+    """One launch as `recording` saw it."""
+
+    kernel: Any
+    programs: int
+    args: tuple[Any, ...]
+    meta: dict[str, Any]
+
+
+_recorder: list[Launch] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect the launches inside and run none: with meta tensors, what would run on a GPU shows without one."""
+    global _recorder
+    outer, _recorder = _recorder, []
+    try:
+        yield _recorder
+    finally:
+        _recorder = outer
+
+
+def is_recording() -> bool:
+    """Whether `recording` is in force, so that an op on meta tensors must go through its launcher."""
+    return _recorder is not None
+
+
+def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
+    """Run `programs` programs of `kernel` on a one-dimensional grid, on the device of args[0]; none is fine."""
+    if _recorder is not None:
+        _recorder.append(Launch(kernel, programs, args, meta))
+    elif programs:
+        with _environment(), _current(args[0].device):
+            kernel[(programs,)](*args, **meta)
+
+
+def _current(device: torch.device) -> Any:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where its last dim is dense, as the kernels assume, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def two_widths(D: int) -> tuple[int, int]:
+    """D as a power of two that it fills and one (or 0) for the rest: 1152 = 1024 + 128, where 2048 would idle 44 %."""
+    main = 1 << (D.bit_length() - 1)
+    return main, 1 << (D - main - 1).bit_length() if D > main else 0

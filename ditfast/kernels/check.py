@@ -1,0 +1,147 @@
+"""Compile every Triton kernel for a GPU that need not be there, and read registers, spills and shared memory.
+
+The launches are recorded from the ops themselves, run on meta tensors at the shapes of OPS' benches, so a kernel cannot be
+forgotten here. ptxas and cuobjdump come with Triton's wheel.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import _triton
+from .spec import Case, OpSpec
+
+# Opt-in shared memory of a thread block, bytes (CUDA C++ Programming Guide, technical specifications).
+SHARED_LIMITS = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}
+_TENSOR_CORE = re.compile(r"^\s*(?:@\S+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*", re.MULTILINE)
+_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel, compiled for one architecture; `spills` in bytes of local memory a thread, `tensor_core` in instructions."""
+
+    op: str
+    case: str
+    kernel: str
+    arch: str
+    config: dict[str, Any]
+    registers: int
+    spills: int
+    shared_bytes: int
+    tensor_core: int
+
+    @property
+    def ok(self) -> bool:
+        """No spills, and shared memory within the architecture's limit."""
+        return self.spills == 0 and self.shared_bytes <= SHARED_LIMITS[self.arch]
+
+
+def launches(spec: OpSpec, case: Case, dtype: torch.dtype) -> list[_triton.Launch]:
+    """The launches of one forward and backward, recorded on meta tensors."""
+    inputs = spec.make_inputs(case, dtype, "meta")
+    leaves = [v.requires_grad_() for v in inputs.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    with _triton.recording() as recorded:
+        outputs = spec.fn(**inputs, backend="triton")
+        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+        if leaves:
+            torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs])
+    return recorded
+
+
+def check(specs: Sequence[OpSpec], archs: Sequence[str], dtype: torch.dtype = torch.bfloat16) -> Iterator[Row]:
+    """One Row per kernel of every spec that has a Triton side, per bench case and architecture.
+
+    RuntimeError under TRITON_INTERPRET, where there is nothing to compile; ValueError for an architecture not known here.
+    """
+    if not _triton.INSTALLED or _triton.INTERPRETED:
+        raise RuntimeError("the compile check needs triton, and a process without TRITON_INTERPRET in its environment")
+    if unknown := [arch for arch in archs if arch not in SHARED_LIMITS]:
+        raise ValueError(f"architecture {unknown[0]!r} is not one of {', '.join(SHARED_LIMITS)}")
+    for arch in archs:
+        for spec in specs:
+            for case in spec.bench if "triton" in spec.op.backends else ():
+                for launch in launches(spec, case, dtype):
+                    yield _row(spec.name, case.name, arch, launch)
+
+
+def _row(op: str, case: str, arch: str, launch: _triton.Launch) -> Row:
+    compiled = _compile(launch, arch)
+    registers, spills = _resources(compiled.asm["cubin"])
+    return Row(
+        op=op,
+        case=case,
+        kernel=launch.kernel.__name__,
+        arch=arch,
+        config=launch.meta,
+        registers=registers,
+        spills=spills,
+        shared_bytes=compiled.metadata.shared,
+        tensor_core=len(_TENSOR_CORE.findall(compiled.asm["ptx"])),
+    )
+
+
+def _compile(launch: _triton.Launch, arch: str) -> Any:
+    """What Triton would compile for these arguments, pointers taken as aligned to 16 bytes, as torch allocates."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attrs: dict[tuple[int, ...], Any] = {}
+    names = launch.kernel.arg_names
+    arguments = dict(zip(names, launch.args, strict=False)) | {k: v for k, v in launch.meta.items() if k in names}
+    for i, name in enumerate(names):
+        value = arguments[name]
+        if name in launch.meta or (isinstance(value, int) and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attrs[(i,)] = _POINTERS[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attrs[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    options = {name: value for name, value in launch.meta.items() if name not in names}
+    source = ASTSource(launch.kernel, signature, constants, attrs)
+    return triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=options)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack and local memory) of a thread, by cuobjdump."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as aligned text."""
+    head = ("op", "case", "kernel", "arch", "warps", "registers", "spills", "shared", "tensor core", "")
+    lines = [head] + [
+        (
+            *(row.op, row.case, row.kernel, row.arch, str(row.config.get("num_warps", 4)), str(row.registers)),
+            *(str(row.spills), str(row.shared_bytes), str(row.tensor_core), "ok" if row.ok else "SPILLS OR TOO LARGE"),
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows as plain objects."""
+    return [asdict(row) for row in rows]

@@ -1,0 +1,113 @@
+"""Is a backend as right as PyTorch? Its outputs and gradients against a float64 oracle, under two budgets.
+
+max: error <= 2 x (error of the eager reference in the same dtype + one rounding of the result)
+RMS: error <= 1.1 x RMS error of the eager reference, or of one rounding where that is larger
+The maximum alone is blind in bfloat16: a forgotten mean or a scale off by 1 % hides below it, but not below the RMS.
+In float32 the order of a sum decides the RMS error, and one order is as right as another, so there the factor is 2; so it
+is for libraries, whose roundings are not ours. What matters in float32 shows a thousand times over.
+Of mixed inputs the eager reference gets all in the widest dtype: rounding 1 + scale to bfloat16 under a float32 stream, as
+official autocast does, would excuse too much.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .spec import OpSpec
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The errors of one output or gradient beside what the budgets allow."""
+
+    name: str
+    max_error: float
+    max_allowed: float
+    rms_error: float
+    rms_allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """Within both budgets; NaN is not."""
+        return self.max_error <= self.max_allowed and self.rms_error <= self.rms_allowed
+
+
+def run(spec: OpSpec, inputs: Mapping[str, Any], backend: str, douts: list[torch.Tensor] | None = None) -> Tensors:
+    """Outputs ("out0", ...) and, given their gradients, those of the floating-point inputs ("d<name>")."""
+    leaves = {k: v.detach() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+    wanted = {k: v.requires_grad_() for k, v in leaves.items() if douts is not None and v.is_floating_point()}
+    outputs = spec.fn(**{**inputs, **leaves}, backend=backend)
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    results = {f"out{i}": out.detach() for i, out in enumerate(outputs)}
+    if wanted:
+        grads = torch.autograd.grad(outputs, list(wanted.values()), douts)
+        results |= {f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}
+    return results
+
+
+def random_douts(outputs: Tensors, generator: torch.Generator) -> list[torch.Tensor]:
+    """Gradients for outputs, with a mean that is not zero."""
+    return [
+        (0.25 + torch.randn(out.shape, device=out.device, generator=generator)).to(out.dtype)
+        for out in outputs.values()
+    ]
+
+
+def oracle(spec: OpSpec, inputs: Mapping[str, Any], douts: list[torch.Tensor]) -> Tensors:
+    """What `run` would give in float64 throughout, from the same rounded inputs."""
+    exact = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    if "out_dtype" in inspect.signature(spec.fn).parameters:
+        exact["out_dtype"] = torch.float64
+    integers = [k for k in exact if k in spec.integers]
+    results = run(spec, exact, "reference", [dout.double() for dout in douts])
+    return {k: v for k, v in results.items() if k.removeprefix("d") not in integers}
+
+
+def judge(results: Tensors, eager: Tensors, exact: Tensors, library: bool = False) -> list[Verdict]:
+    """One verdict per tensor of `exact`; the other two hold the same names."""
+    verdicts = []
+    for name, truth in exact.items():
+        result, reference = results[name], eager[name]
+        assert result.dtype == reference.dtype and result.shape == reference.shape == truth.shape, name
+        error, eager_error = result.double() - truth, reference.double() - truth
+        rounding = truth.to(result.dtype).double() - truth
+        slack = 2 if library or result.dtype == torch.float32 else 1.1
+        verdicts.append(
+            Verdict(
+                name,
+                _max(error),
+                2 * (_max(eager_error) + _max(rounding)),
+                _rms(error),
+                slack * max(_rms(eager_error), _rms(rounding)),
+            )
+        )
+    return verdicts
+
+
+def check(spec: OpSpec, inputs: Mapping[str, Any], backend: str, generator: torch.Generator) -> list[Verdict]:
+    """The verdicts on one backend for the given inputs, the gradients of the outputs drawn from `generator`."""
+    douts = random_douts(run(spec, inputs, "reference"), generator)
+    results = run(spec, inputs, backend, douts)
+    eager = run(spec, _widened(inputs), "reference", douts)
+    eager = {name: value.to(results[name].dtype) for name, value in eager.items()}
+    return judge(results, eager, oracle(spec, inputs, douts), library=backend in spec.op.functions)
+
+
+def _widened(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The floating-point tensors all in the widest dtype among them."""
+    floats = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    widest = max((v.dtype for v in floats.values()), key=lambda dtype: dtype.itemsize, default=torch.float32)
+    return {**inputs, **{k: v.to(widest) for k, v in floats.items()}}
+
+
+def _max(error: torch.Tensor) -> float:
+    return error.abs().max().item() if error.numel() else 0.0
+
+
+def _rms(error: torch.Tensor) -> float:
+    return error.square().mean().sqrt().item() if error.numel() else 0.0

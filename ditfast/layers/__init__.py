@@ -1,0 +1,29 @@
+"""DiT layers: thin `nn.Module`s over `ditfast.kernels`, with the official DiT's names, arguments and state dict."""
+
+from ditfast.layers.attention import Attention, CrossAttention
+from ditfast.layers.block import CrossAttentionBlock, DiTBlock, FinalLayer, InContextBlock, PlainFinalLayer
+from ditfast.layers.dit import BLOCK_VARIANTS, DiT, DiT_models
+from ditfast.layers.embed import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_pos_embed
+from ditfast.layers.flops import count_parameters, forward_macs, training_flops
+from ditfast.layers.mlp import Mlp
+
+__all__ = [
+    "BLOCK_VARIANTS",
+    "Attention",
+    "CrossAttention",
+    "CrossAttentionBlock",
+    "DiT",
+    "DiTBlock",
+    "DiT_models",
+    "FinalLayer",
+    "InContextBlock",
+    "LabelEmbedder",
+    "Mlp",
+    "PatchEmbed",
+    "PlainFinalLayer",
+    "TimestepEmbedder",
+    "count_parameters",
+    "forward_macs",
+    "sincos_pos_embed",
+    "training_flops",
+]

@@ -1,0 +1,122 @@
+"""DiT blocks and final layers. The contract between blocks is the pending residual.
+
+A block carries `(x, branch, gate)`: the residual stream x (B, T, D), the output of the last branch (B, T, D) and its
+gate (B, D), whose sum `x + gate * branch` is still to be taken. The next block takes it together with its own LayerNorm
+and modulation, which makes one kernel of what are two blocks' ends. `branch=None` means that nothing is pending,
+`gate=None` a branch without gate. Modulation is passed in, so that a sampler can compute it ahead of the loop.
+`forward(x, c)` is the official form: it settles the pending residual and returns x.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ditfast import kernels
+from ditfast.layers.attention import Attention, CrossAttention
+from ditfast.layers.mlp import Mlp
+
+NORM_EPS = 1e-6
+Pending = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def settle(x: Tensor, branch: Tensor | None, gate: Tensor | None) -> Tensor:
+    """The residual stream once the pending branch is added."""
+    return x if branch is None else kernels.gate_residual(x, branch, gate)
+
+
+def norm_modulate(pending: Pending, shift: Tensor, scale: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """(x, y): the settled stream and its modulated LayerNorm, y in the dtype that `linear` computes in."""
+    x, branch, gate = pending
+    out_dtype = linear.weight.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        out_dtype = torch.get_autocast_dtype(x.device.type)
+    if branch is None:
+        return x, kernels.adaln_modulate(x, shift, scale, NORM_EPS, out_dtype=out_dtype)
+    return kernels.gate_residual_adaln_modulate(x, branch, gate, shift, scale, NORM_EPS, out_dtype=out_dtype)
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP under adaptive LayerNorm; `gated=True` is adaLN-Zero, False is adaLN (DiT, section 3.2)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, gated: bool = True):
+        super().__init__()
+        self.gated = gated
+        self.attn = Attention(hidden_size, num_heads)
+        self.mlp = Mlp(hidden_size, mlp_ratio)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, (6 if gated else 4) * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, T, D), conditioning c (B, D) -> x (B, T, D)."""
+        return settle(*self.forward_pending((x, None, None), self.adaLN_modulation(c)))
+
+    def forward_pending(self, pending: Pending, modulation: Tensor) -> Pending:
+        """pending (x, branch, gate) of the block before, modulation (B, 6D or 4D) -> this block's pending residual."""
+        gate_msa: Tensor | None = None
+        gate_mlp: Tensor | None = None
+        if self.gated:
+            shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
+        else:
+            shift_msa, scale_msa, shift_mlp, scale_mlp = modulation.chunk(4, dim=1)
+        x, y = norm_modulate(pending, shift_msa, scale_msa, self.attn.qkv)
+        x, y = norm_modulate((x, self.attn(y), gate_msa), shift_mlp, scale_mlp, self.mlp.fc1)
+        return x, self.mlp(y), gate_mlp
+
+
+class FinalLayer(nn.Module):
+    """Modulated LayerNorm and the projection to patches: (B, T, D) -> (B, T, p * p * out_channels)."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.forward_pending((x, None, None), self.adaLN_modulation(c))
+
+    def forward_pending(self, pending: Pending, modulation: Tensor) -> Tensor:
+        shift, scale = modulation.chunk(2, dim=1)
+        return self.linear(norm_modulate(pending, shift, scale, self.linear)[1])
+
+
+class InContextBlock(nn.Module):
+    """A plain ViT block; the conditioning travels in the sequence as two extra tokens."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=NORM_EPS)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=NORM_EPS)
+        self.mlp = Mlp(hidden_size, mlp_ratio)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x = kernels.gate_residual(x, self.attn(self.norm1(x)), None)
+        return kernels.gate_residual(x, self.mlp(self.norm2(x)), None)
+
+
+class CrossAttentionBlock(nn.Module):
+    """A ViT block with cross-attention to the conditioning tokens context (B, 2, D) after its self-attention."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=NORM_EPS)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=NORM_EPS)
+        self.cross_attn = CrossAttention(hidden_size, num_heads)
+        self.norm3 = nn.LayerNorm(hidden_size, eps=NORM_EPS)
+        self.mlp = Mlp(hidden_size, mlp_ratio)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = kernels.gate_residual(x, self.attn(self.norm1(x)), None)
+        x = kernels.gate_residual(x, self.cross_attn(self.norm2(x), context), None)
+        return kernels.gate_residual(x, self.mlp(self.norm3(x)), None)
+
+
+class PlainFinalLayer(nn.Module):
+    """LayerNorm and the projection to patches, for the block variants without adaptive norms."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, eps=NORM_EPS)
+        self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x))

@@ -1,0 +1,177 @@
+"""The Diffusion Transformer (Peebles & Xie 2022, arXiv:2212.09748) over ditfast's kernels, and its twelve sizes."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ditfast import kernels
+from ditfast.layers.block import (
+    CrossAttentionBlock,
+    DiTBlock,
+    FinalLayer,
+    InContextBlock,
+    PlainFinalLayer,
+    settle,
+)
+from ditfast.layers.embed import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_pos_embed
+
+BLOCK_VARIANTS: dict[str, Callable[..., nn.Module]] = {
+    "adaln_zero": partial(DiTBlock, gated=True),
+    "adaln": partial(DiTBlock, gated=False),
+    "cross_attention": CrossAttentionBlock,
+    "in_context": InContextBlock,
+}
+RECOMPUTE = ("none", "block")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+class DiT(nn.Module):
+    """Class-conditional DiT with the constructor arguments and state-dict names of the official code.
+
+    Args:
+        input_size: latent height = width, or (height, width).
+        patch_size: side of a square patch; must divide both sides of `input_size`.
+        in_channels: C; the output has 2C channels (prediction, variance) with `learn_sigma`, else C.
+        hidden_size, depth, num_heads, mlp_ratio: width D, number of blocks, heads (dividing D), MLP width over D.
+        class_dropout_prob: probability of replacing a label by the null class `num_classes` in training.
+        num_classes: labels are 0..num_classes - 1; the null class is row `num_classes` of the table.
+        block: "adaln_zero" (the DiT of the paper's results), "adaln", "cross_attention" or "in_context".
+
+    Attributes that a trainer may set:
+        stream_dtype: dtype of the residual stream; None keeps what the embedding gives (fp32 under autocast, officially).
+        recompute: "none", or "block" to recompute every block's inside in backward.
+
+    Raises ValueError for sizes that do not divide, unknown blocks, inputs of another shape and labels out of range.
+    """
+
+    def __init__(
+        self,
+        input_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        *,
+        block: str = "adaln_zero",
+    ):
+        super().__init__()
+        if block not in BLOCK_VARIANTS:
+            raise ValueError(f"block must be one of {', '.join(BLOCK_VARIANTS)}, got {block!r}")
+        self.learn_sigma, self.block = learn_sigma, block
+        self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
+        self.patch_size, self.num_heads = patch_size, num_heads
+        self.stream_dtype: torch.dtype | None = None
+        self.recompute = "none"
+
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        table = sincos_pos_embed(hidden_size, self.x_embedder.grid_size)
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
+        make_block = BLOCK_VARIANTS[block]
+        self.blocks = nn.ModuleList(make_block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.adaptive = block.startswith("adaln")
+        final = FinalLayer if self.adaptive else PlainFinalLayer
+        self.final_layer = final(hidden_size, patch_size, self.out_channels)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Xavier-uniform Linears, N(0, 0.02) embedders; the gates of adaLN-Zero and the final layer start at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            zero_gate = self.block == "adaln_zero" and name.endswith("adaLN_modulation.1.weight")
+            if name.startswith(("y_embedder", "t_embedder")) and name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
+            elif zero_gate or name in ("final_layer.linear.weight", "final_layer.adaLN_modulation.1.weight"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
+        """Predicts noise (and variance) of noisy x.
+
+        Args:
+            x: (B, C, H, W) noisy input, floating point.
+            t: (B,) original timesteps, 0..T - 1.
+            y: (B,) int64 labels, 0..num_classes.
+            force_drop_ids: (B,) optional; 1 or True replaces that label by the null class, in place of the random draw.
+
+        Returns: (B, 2C or C, H, W).
+        """
+        if t.shape != x.shape[:1] or y.shape != x.shape[:1]:
+            raise ValueError(f"t and y must be (B,) = ({x.shape[0]},), got {tuple(t.shape)} and {tuple(y.shape)}")
+        stream = self.x_embedder(x, self.pos_embed)
+        if self.stream_dtype is not None:
+            stream = stream.to(self.stream_dtype)
+        t_emb = self.t_embedder(t)
+        y_emb = self.y_embedder(y, self.training, force_drop_ids)
+        tokens = self._run_adaptive if self.adaptive else self._run_tokens
+        return self.unpatchify(tokens(stream, t_emb, y_emb))
+
+    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, channels: int | None = 3) -> Tensor:
+        """Classifier-free guidance on a doubled batch: y holds n labels then n null labels, and only x[:n] is read.
+
+        `channels` are guided: 3 is the official form (its published FIDs use it), None guides all C prediction channels.
+        The others and the variance stay those of each half. Returns (2n, 2C or C, H, W).
+        """
+        half = x[: len(x) // 2]
+        out = self.forward(torch.cat([half, half]), t, y)
+        channels = self.in_channels if channels is None else min(channels, self.in_channels)
+        cond, uncond = out[:, :channels].chunk(2)
+        guided = uncond + cfg_scale * (cond - uncond)
+        return torch.cat([torch.cat([guided, guided]), out[:, channels:]], dim=1)
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """(B, T, p * p * out_channels) -> (B, out_channels, H, W)."""
+        return kernels.unpatchify(tokens, self.patch_size, self.x_embedder.grid_size)
+
+    def _run_adaptive(self, x: Tensor, t_emb: Tensor, y_emb: Tensor) -> Tensor:
+        c = t_emb + y_emb
+        pending = (x, None, None)
+        for block in self.blocks:
+            if _has_hooks(block):
+                # A hook expects the official (x, c) -> x, so the residual is settled at this boundary.
+                pending = (self._maybe_recompute(block, settle(*pending), c), None, None)
+            else:
+                pending = self._maybe_recompute(block.forward_pending, pending, block.adaLN_modulation(c))
+        if _has_hooks(self.final_layer):
+            return self.final_layer(settle(*pending), c)
+        return self.final_layer.forward_pending(pending, self.final_layer.adaLN_modulation(c))
+
+    def _run_tokens(self, x: Tensor, t_emb: Tensor, y_emb: Tensor) -> Tensor:
+        context = torch.stack([t_emb, y_emb], dim=1).to(x.dtype)
+        in_context = self.block == "in_context"
+        if in_context:
+            x = torch.cat([x, context], dim=1)
+        for block in self.blocks:
+            x = self._maybe_recompute(block, x, context)
+        return self.final_layer(x[:, : -context.shape[1]] if in_context else x)
+
+    def _maybe_recompute(self, function: Any, *args: Any) -> Any:
+        if self.recompute == "block" and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+        return function(*args)
+
+
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, D, heads
+
+DiT_models = {
+    f"DiT-{size}/{patch}": partial(DiT, depth=depth, hidden_size=width, num_heads=heads, patch_size=patch)
+    for size, (depth, width, heads) in SIZES.items()
+    for patch in (2, 4, 8)
+}

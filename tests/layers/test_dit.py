@@ -1,0 +1,314 @@
+"""The engine's DiT equals the oracle and the official goldens; its sizes, options and errors."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ditfast import reference
+from ditfast.layers import BLOCK_VARIANTS, DiT, DiT_models, count_parameters, forward_macs, training_flops
+from ditfast.layers.block import settle
+
+# Published sizes: parameters and GMACs at patch 2, 4, 8 and latent 32 (DiT, table 4; the code's counts).
+PUBLISHED = {
+    "S": ((32_963_360, 6.06), (32_945_024, 1.41), (33_148_160, 0.36)),
+    "B": ((130_512_416, 23.01), (130_475_648, 5.57), (130_881_536, 1.42)),
+    "L": ((458_102_816, 80.70), (458_053_760, 19.70), (458_594_816, 5.01)),
+    "XL": ((675_129_632, 118.62), (675_074_432, 29.04), (675_683_072, 7.39)),
+}
+ROUNDING = 1e-5  # of the fp32 timestep embedding between CPUs, see tests/test_reference.py
+
+
+@pytest.fixture
+def pair(tiny, golden_state):
+    """The engine's and the oracle's model with the golden weights, float64, in evaluation."""
+    models = []
+    for cls in (DiT, reference.DiT):
+        model = cls(**tiny)
+        model.load_state_dict(golden_state)
+        models.append(model.double().eval())
+    return models
+
+
+def randomized(**options) -> DiT:
+    """A small model none of whose weights is zero."""
+    arguments = {"input_size": 8, "in_channels": 3, "hidden_size": 48, "depth": 3, "num_heads": 4, "num_classes": 7}
+    torch.manual_seed(0)
+    model = DiT(**arguments | options)
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.1)
+    return model.eval()
+
+
+def batch(model: DiT, n: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, model.in_channels, *model.x_embedder.img_size, generator=generator)
+    t = torch.randint(0, 1000, (n,), generator=generator)
+    return x, t, torch.randint(0, model.y_embedder.num_classes, (n,), generator=generator)
+
+
+def test_state_dict_is_the_official_one(tiny, golden_state):
+    state = DiT(**tiny).state_dict()
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in golden_state.items()}
+    assert torch.equal(state["pos_embed"], golden_state["pos_embed"])
+
+
+def test_forward_equals_golden(pair, golden):
+    out = pair[0](golden["in/x"].double(), golden["in/t"], golden["in/y"])
+    torch.testing.assert_close(out, golden["out/forward"], rtol=0, atol=ROUNDING)
+
+
+def test_guided_forward_equals_golden(pair, golden):
+    x, y = golden["in/x"].double(), torch.cat([golden["in/y"], torch.full((3,), 10)])
+    out = pair[0].forward_with_cfg(torch.cat([x, x]), torch.full((6,), 500), y, 4.0)
+    torch.testing.assert_close(out, golden["out/forward_with_cfg_4.0_t500"], rtol=0, atol=4 * ROUNDING)
+
+
+def test_guidance_on_all_channels(pair, golden):
+    x, t = golden["in/x"].double(), torch.full((6,), 500)
+    y = torch.cat([golden["in/y"], torch.full((3,), 10)])
+    model = pair[0]
+    out = model.forward_with_cfg(torch.cat([x, x]), t, y, 4.0, channels=None)
+    cond, uncond = model(torch.cat([x, x]), t, y).chunk(2)
+    torch.testing.assert_close(out[:3, :4], uncond[:, :4] + 4.0 * (cond - uncond)[:, :4])
+    torch.testing.assert_close(out[:3, 4:], cond[:, 4:])
+
+
+def test_gradients_equal_the_oracle(pair, golden):
+    for model in pair:
+        out = model(golden["in/x"].double(), golden["in/t"], golden["in/y"])
+        (out * golden["out/forward"].cos()).sum().backward()
+    expected = dict(pair[1].named_parameters())
+    for name, p in pair[0].named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, expected[name].grad, rtol=1e-9, atol=1e-11)
+
+
+def test_golden_loss_gradients(pair, golden):
+    from ditfast.diffusion import create_diffusion
+
+    model = pair[0]
+    kwargs = {"y": golden["in/y"]}
+    terms = create_diffusion("").training_losses(
+        model, golden["in/x"].double(), golden["in/t"], kwargs, noise=golden["in/noise"].double()
+    )
+    terms["loss"].mean().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    expected = {name.removeprefix("grad/"): value for name, value in golden.items() if name.startswith("grad/")}
+    assert len(expected) == 21
+    for name, value in expected.items():
+        error = (gradients[name] - value).norm() / value.norm()
+        assert error < 1e-5, (name, error)
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_sizes(size):
+    for patch, (parameters, gmacs) in zip((2, 4, 8), PUBLISHED[size], strict=True):
+        with torch.device("meta"):
+            model = DiT_models[f"DiT-{size}/{patch}"]()
+        assert count_parameters(model) == parameters
+        assert forward_macs(model) / 1e9 == pytest.approx(gmacs, abs=0.006)
+
+
+def test_512_pixels():
+    with torch.device("meta"):
+        model = DiT_models["DiT-XL/2"](input_size=64)
+    assert count_parameters(model) == 676_014_368
+    assert forward_macs(model) / 1e9 == pytest.approx(524.54, abs=0.02)
+    assert training_flops(model) == 6 * forward_macs(model)
+
+
+@pytest.mark.parametrize(
+    "block, gmacs", [("in_context", 119.4), ("cross_attention", 137.6), ("adaln", 118.6), ("adaln_zero", 118.6)]
+)
+def test_block_variants_have_the_papers_compute(block, gmacs):
+    with torch.device("meta"):
+        model = DiT_models["DiT-XL/2"](block=block)
+    assert forward_macs(model) / 1e9 == pytest.approx(gmacs, abs=0.06)
+
+
+@pytest.mark.parametrize("block", BLOCK_VARIANTS)
+def test_counted_macs_are_those_that_run(block):
+    model = randomized(block=block)
+    # PyTorch's counter does not know the CPU's fused attention, so attention runs as plain products.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(*batch(model, 1))
+    assert counter.get_total_flops() == 2 * forward_macs(model)
+
+
+@pytest.mark.parametrize("block", BLOCK_VARIANTS)
+def test_every_parameter_of_a_variant_learns(block):
+    model = randomized(block=block)
+    x, t, y = batch(model)
+    model(x, t, y).square().mean().backward()
+    idle = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert idle == []
+
+
+@pytest.mark.parametrize("block", BLOCK_VARIANTS)
+def test_conditioning_reaches_the_output(block):
+    model = randomized(block=block)
+    x, t, y = batch(model)
+    out = model(x, t, y)
+    assert not torch.allclose(out, model(x, (t + 500) % 1000, y), atol=1e-4)
+    assert not torch.allclose(out, model(x, t, (y + 1) % 7), atol=1e-4)
+
+
+def test_adaln_zero_starts_as_the_identity():
+    model = DiT(input_size=8, hidden_size=48, depth=2, num_heads=4, num_classes=7)
+    x, c = torch.randn(2, 16, 48), torch.randn(2, 48)
+    assert torch.equal(model.blocks[0](x, c), x)
+    assert not model.forward(*batch(model, 2)).any()
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_pending_form_equals_the_official_form(gated):
+    model = randomized(block="adaln_zero" if gated else "adaln")
+    x, c = torch.randn(3, 16, 48), torch.randn(3, 48)
+    official, pending = x, (x, None, None)
+    for block in model.blocks:
+        official = block(official, c)
+        pending = block.forward_pending(pending, block.adaLN_modulation(c))
+    torch.testing.assert_close(settle(*pending), official)
+    final = model.final_layer
+    torch.testing.assert_close(final.forward_pending(pending, final.adaLN_modulation(c)), final(official, c))
+
+
+def test_hooks_see_the_official_block():
+    model = randomized()
+    x, t, y = batch(model)
+    plain = model(x, t, y)
+    seen = {}
+    handles = [
+        model.blocks[1].register_forward_hook(lambda module, args, out: seen.update(block=(args, out))),
+        model.final_layer.register_forward_pre_hook(lambda module, args: seen.update(final=args)),
+    ]
+    torch.testing.assert_close(model(x, t, y), plain)
+    (stream, c), out = seen["block"]
+    torch.testing.assert_close(model.blocks[1](stream, c), out)
+    assert [v.shape for v in seen["final"]] == [(5, 16, 48), (5, 48)]
+    for handle in handles:
+        handle.remove()
+    handle = model.blocks[0].register_forward_hook(lambda module, args, out: out + 1.0)
+    assert not torch.allclose(model(x, t, y), plain)
+    handle.remove()
+
+
+@pytest.mark.parametrize("block", BLOCK_VARIANTS)
+def test_non_square_input(block):
+    model = randomized(block=block, input_size=(4, 12))
+    x, t, y = batch(model)
+    assert model(x, t, y).shape == (5, 6, 4, 12)
+
+
+def test_tokens_are_row_major():
+    """A change in the pixel of one patch only moves that patch's output where blocks are the identity."""
+    model = DiT(input_size=(4, 8), in_channels=1, hidden_size=48, depth=1, num_heads=4, num_classes=3).eval()
+    nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    x, t, y = batch(model, 1)
+    moved = x.clone()
+    moved[0, 0, 3, 5] += 1
+    changed = (model(moved, t, y) != model(x, t, y))[0].any(dim=0).nonzero()
+    assert changed.min(dim=0).values.tolist() == [2, 4] and changed.max(dim=0).values.tolist() == [3, 5]
+
+
+def test_null_class_follows_num_classes():
+    model = randomized()
+    x, t, y = batch(model)
+    null = torch.full_like(y, 7)
+    torch.testing.assert_close(model(x, t, y, torch.ones(5)), model(x, t, null))
+    torch.testing.assert_close(model(x, t, y, torch.zeros(5, dtype=torch.bool)), model(x, t, y))
+
+
+def test_training_drops_labels():
+    model = randomized(class_dropout_prob=0.999999).train()
+    x, t, y = batch(model)
+    torch.testing.assert_close(model(x, t, y), model.eval()(x, t, torch.full_like(y, 7)))
+
+
+def test_without_dropout_there_is_no_null_class():
+    model = randomized(class_dropout_prob=0.0)
+    x, t, y = batch(model)
+    assert model.y_embedder.embedding_table.num_embeddings == 7
+    with pytest.raises(ValueError, match="no null class"):
+        model(x, t, y, torch.ones(5))
+
+
+@pytest.mark.parametrize("block", BLOCK_VARIANTS)
+def test_block_recompute_gives_the_same_gradients(block):
+    model = randomized(block=block)
+    again = copy.deepcopy(model)
+    again.recompute = "block"
+    inputs = batch(model)
+    for m in (model, again):
+        m(*inputs).square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert p.grad is None or torch.equal(p.grad, q.grad), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_the_official_dtypes(dtype, pair, golden):
+    """fp32 stream, low-precision matrix products; as close to float64 as the oracle under the same autocast."""
+    inputs = golden["in/x"], golden["in/t"], golden["in/y"]
+    errors = []
+    for model in pair:
+        with torch.autocast("cpu", dtype=dtype):
+            out = model.float()(*inputs)
+        assert out.dtype is dtype
+        errors.append((out.double() - golden["out/forward"]).square().mean().sqrt())
+    assert errors[0] <= 1.1 * errors[1]
+
+
+def test_low_precision_parameters_and_stream():
+    model = randomized().to(torch.bfloat16)
+    model.stream_dtype = torch.bfloat16
+    x, t, y = batch(model)
+    streams = []
+    model.blocks[2].register_forward_pre_hook(lambda module, args: streams.append(args[0].dtype))
+    out = model(x.bfloat16(), t, y)
+    assert out.dtype is torch.bfloat16 and streams == [torch.bfloat16]
+    full = randomized()(x, t, y)
+    assert (out.float() - full).norm() < 0.05 * full.norm()
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_compiles_without_graph_breaks(recompute):
+    torch._dynamo.reset()
+    model = randomized()
+    model.recompute = recompute
+    x, t, y = batch(model)
+    expected = model(x, t, y)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, t, y), expected)
+    compiled(x, t, y).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"block": "adaln-zero"}, "block must be one of .*adaln_zero.* got 'adaln-zero'"),
+        ({"input_size": 9}, r"input_size \(9, 9\) must be divisible by patch_size 2"),
+        ({"num_heads": 5}, "hidden_size 48 must be divisible by num_heads 5"),
+        ({"hidden_size": 50, "num_heads": 5}, "multiple of 4"),
+        ({"class_dropout_prob": 1.5}, r"class_dropout_prob must be in \[0, 1\)"),
+        ({"input_size": (8, 8, 8)}, r"input_size must be a positive int or \(height, width\)"),
+    ],
+)
+def test_impossible_models(options, message):
+    with pytest.raises(ValueError, match=message):
+        randomized(**options)
+
+
+def test_wrong_inputs():
+    model = randomized()
+    x, t, y = batch(model)
+    with pytest.raises(ValueError, match=r"x must be \(B, 3, 8, 8\) for this model, got \(5, 3, 8, 4\)"):
+        model(x[..., :4], t, y)
+    with pytest.raises(ValueError, match=r"t and y must be \(B,\) = \(5,\), got \(4,\) and \(5,\)"):
+        model(x, t[:4], y)
+    with pytest.raises(ValueError, match=r"labels must be in 0..7 .* got \[8\]"):
+        model(x, t, torch.tensor([0, 1, 8, 2, 3]))
