@@ -1,0 +1,27 @@
+"""Diffusion processes, losses, samplers and guidance over any callable `model(x, t, **model_kwargs)`."""
+
+from .gaussian import GaussianDiffusion
+from .guidance import ClassifierFreeGuidance, TwoNetworkGuidance
+from .respacing import SpacedDiffusion, create_diffusion, space_timesteps
+from .schedules import SCHEDULES, betas_for_alpha_bar, get_beta_schedule, get_named_beta_schedule
+from .timestep_sampler import LossSecondMomentResampler, UniformSampler, create_named_schedule_sampler
+from .types import LossType, ModelMeanType, ModelVarType
+
+__all__ = [
+    "SCHEDULES",
+    "ClassifierFreeGuidance",
+    "GaussianDiffusion",
+    "LossSecondMomentResampler",
+    "LossType",
+    "ModelMeanType",
+    "ModelVarType",
+    "SpacedDiffusion",
+    "TwoNetworkGuidance",
+    "UniformSampler",
+    "betas_for_alpha_bar",
+    "create_diffusion",
+    "create_named_schedule_sampler",
+    "get_beta_schedule",
+    "get_named_beta_schedule",
+    "space_timesteps",
+]

@@ -1,0 +1,241 @@
+"""DDPM and DDIM samplers, as free functions over a process and any network.
+
+`GaussianDiffusion` carries them as methods. A model that has `at_timestep(t: int)` is asked by the loops, once a step,
+for the callable to run at original timestep t: it can then decide on the host what a GPU tensor could not tell without
+a wait (see `guidance.py`).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from .types import ConditionFn, Model, TensorFn
+
+if TYPE_CHECKING:
+    from .gaussian import GaussianDiffusion
+
+
+class Step(TypedDict):
+    """What a sampler's step returns: the next x and the predicted x_0, both (B, C, ...)."""
+
+    sample: Tensor
+    pred_xstart: Tensor
+
+
+class StepOptions(TypedDict, total=False):
+    """Options of a sampler's step that its loops hand on.
+
+    `clip_denoised` (default True) clamps the predicted x_0 to [-1, 1] after `denoised_fn`; `cond_fn` is the gradient of
+    log p(y | x_t); `model_kwargs` go to the model and to cond_fn; `noise_fn` draws noise shaped like its argument, once
+    a step, the last step included (default torch.randn_like; to seed each sample, pass one that uses generators).
+    """
+
+    clip_denoised: bool
+    denoised_fn: TensorFn | None
+    cond_fn: ConditionFn | None
+    model_kwargs: Mapping[str, Any] | None
+    noise_fn: TensorFn
+
+
+def p_sample(
+    process: "GaussianDiffusion",
+    model: Model,
+    x: Tensor,
+    t: Tensor,
+    clip_denoised: bool = True,
+    denoised_fn: TensorFn | None = None,
+    cond_fn: ConditionFn | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    noise_fn: TensorFn = torch.randn_like,
+) -> Step:
+    """One ancestral step x_t (B, C, ...) -> x_{t-1}; no noise is added at t = 0 (Ho et al. 2020, algorithm 2)."""
+    out = process.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+    mean = out["mean"] if cond_fn is None else process.condition_mean(cond_fn, out, x, t, model_kwargs)
+    noise = noise_fn(x) * _after_first(t, x)
+    return {"sample": mean + torch.exp(0.5 * out["log_variance"]) * noise, "pred_xstart": out["pred_xstart"]}
+
+
+def ddim_sample(
+    process: "GaussianDiffusion",
+    model: Model,
+    x: Tensor,
+    t: Tensor,
+    clip_denoised: bool = True,
+    denoised_fn: TensorFn | None = None,
+    cond_fn: ConditionFn | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    eta: float = 0.0,
+    noise_fn: TensorFn = torch.randn_like,
+) -> Step:
+    """One DDIM step x_t (B, C, ...) -> x_{t-1} (Song et al. 2020, equation 12).
+
+    Args:
+        eta: 0 is deterministic, 1 has the posterior's variance (equation 16).
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie between 0 (deterministic) and 1 (the posterior's variance), got {eta}")
+    x_start, eps = _x_start_and_eps(process, model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+    variance = eta**2 * process.gather("posterior_variance", t, x)
+    # From a table of its own: in fp32, 1 - alpha_bar near the data can round to less than the variance at eta 1.
+    direction = (process.gather("one_minus_alphas_cumprod_prev", t, x) - variance).sqrt()
+    mean = process.gather("alphas_cumprod_prev", t, x).sqrt() * x_start + direction * eps
+    # The posterior variance is 0 at t = 0, so the last step adds no noise; it is drawn all the same, as officially.
+    return {"sample": mean + variance.sqrt() * noise_fn(x), "pred_xstart": x_start}
+
+
+def ddim_reverse_sample(
+    process: "GaussianDiffusion",
+    model: Model,
+    x: Tensor,
+    t: Tensor,
+    clip_denoised: bool = True,
+    denoised_fn: TensorFn | None = None,
+    cond_fn: ConditionFn | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    eta: float = 0.0,
+) -> Step:
+    """One step x_t (B, C, ...) -> x_{t+1} of the DDIM's differential equation run backwards, from data to noise.
+
+    Song et al. 2020, section 4.3. At t = T - 1 it reaches pure noise. `eta` must be 0: only that path is deterministic.
+    """
+    if eta != 0:
+        raise ValueError(f"the reverse exists for the deterministic path only: eta must be 0, got {eta}")
+    x_start, eps = _x_start_and_eps(process, model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+    bar_after = process.gather("alphas_cumprod_next", t, x)
+    sample = bar_after.sqrt() * x_start + (1 - bar_after).sqrt() * eps
+    return {"sample": sample, "pred_xstart": x_start}
+
+
+def p_sample_loop_progressive(
+    process: "GaussianDiffusion",
+    model: Model,
+    shape: Sequence[int],
+    noise: Tensor | None = None,
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    **options: Unpack[StepOptions],
+) -> Iterator[Step]:
+    """The steps of `p_sample_loop`, one by one, from t = T - 1 to 0."""
+    return _loop(process, partial(p_sample, process, **options), model, shape, noise, device, progress)
+
+
+def ddim_sample_loop_progressive(
+    process: "GaussianDiffusion",
+    model: Model,
+    shape: Sequence[int],
+    noise: Tensor | None = None,
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    eta: float = 0.0,
+    **options: Unpack[StepOptions],
+) -> Iterator[Step]:
+    """The steps of `ddim_sample_loop`, one by one, from t = T - 1 to 0."""
+    return _loop(process, partial(ddim_sample, process, eta=eta, **options), model, shape, noise, device, progress)
+
+
+def p_sample_loop(
+    process: "GaussianDiffusion",
+    model: Model,
+    shape: Sequence[int],
+    noise: Tensor | None = None,
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    **options: Unpack[StepOptions],
+) -> Tensor:
+    """Samples (B, C, ...) by the ancestral chain.
+
+    Args:
+        model: any `model(x (B, C, ...), original t (B,), **model_kwargs)`.
+        shape: (B, C, ...).
+        noise: the x_T to start from, of that shape; drawn from torch's global generator if None.
+        device: where to draw it; by default the model's, for a bare function torch's default device.
+        progress: show a bar.
+        options: see `StepOptions`.
+    """
+    return _last(p_sample_loop_progressive(process, model, shape, noise, device=device, progress=progress, **options))
+
+
+def ddim_sample_loop(
+    process: "GaussianDiffusion",
+    model: Model,
+    shape: Sequence[int],
+    noise: Tensor | None = None,
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    eta: float = 0.0,
+    **options: Unpack[StepOptions],
+) -> Tensor:
+    """Samples (B, C, ...) by DDIM; arguments as in `p_sample_loop`, `eta` as in `ddim_sample`."""
+    return _last(
+        ddim_sample_loop_progressive(process, model, shape, noise, device=device, progress=progress, eta=eta, **options)
+    )
+
+
+def _loop(
+    process: "GaussianDiffusion",
+    step: Callable[[Model, Tensor, Tensor], Step],
+    model: Model,
+    shape: Sequence[int],
+    noise: Tensor | None,
+    device: torch.device | str | None,
+    progress: bool,
+) -> Iterator[Step]:
+    if noise is None:
+        noise = torch.randn(*shape, device=_device_of(model) if device is None else device)
+    if noise.shape != tuple(shape):
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, but {tuple(shape)} was asked for")
+    x = noise
+    for i in _track(range(process.num_timesteps - 1, -1, -1), progress):
+        choose = getattr(model, "at_timestep", None)
+        network = model if choose is None else choose(process.timestep_map[i])
+        with torch.no_grad():
+            out = step(network, x, torch.full((len(x),), i, device=x.device))
+        yield out
+        x = out["sample"]
+
+
+def _last(steps: Iterator[Step]) -> Tensor:
+    for out in steps:
+        sample = out["sample"]
+    return sample
+
+
+def _x_start_and_eps(
+    process: "GaussianDiffusion",
+    model: Model,
+    x: Tensor,
+    t: Tensor,
+    clip_denoised: bool,
+    denoised_fn: TensorFn | None,
+    cond_fn: ConditionFn | None,
+    model_kwargs: Mapping[str, Any] | None,
+) -> tuple[Tensor, Tensor]:
+    """The network's x_0 (clamped, conditioned) and the noise that fits to it."""
+    out = process.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+    if cond_fn is not None:
+        out = process.condition_score(cond_fn, out, x, t, model_kwargs)
+    return out["pred_xstart"], process.predict_eps_from_xstart(x, t, out["pred_xstart"])
+
+
+def _after_first(t: Tensor, like: Tensor) -> Tensor:
+    return (t > 0).view(-1, *(1,) * (like.ndim - 1))
+
+
+def _device_of(model: Model) -> torch.device | None:
+    module = getattr(model, "__self__", model)
+    return next(module.parameters()).device if isinstance(module, torch.nn.Module) else None
+
+
+def _track(steps: Sequence[int], progress: bool) -> Iterable[int]:
+    if not progress:
+        return steps
+    from rich.progress import track
+
+    return track(steps, "sampling")
