@@ -8,7 +8,8 @@ import torch
 def check_dims(op: str, dims: Mapping[str, str], tensors: Mapping[str, torch.Tensor | None]) -> dict[str, int]:
     """Sizes of the named dims; ValueError where a tensor's shape disagrees with `dims` (`{"x": "B T D", "w": "3 D"}`).
 
-    A number in `dims` is a fixed size. Tensors that are None are skipped. All tensors must sit on one device.
+    A number in `dims` is a fixed size, a first "..." any leading dims. Tensors that are None are skipped; the others
+    must sit on one device.
     """
     sizes: dict[str, int] = {}
     first: torch.Tensor | None = None
@@ -22,6 +23,8 @@ def check_dims(op: str, dims: Mapping[str, str], tensors: Mapping[str, torch.Ten
         elif tensor.device != first.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, the other tensors on {first.device}; move it there")
         expected = dims[name].split()
+        if expected[0] == "..." and tensor.ndim >= len(expected) - 1:
+            expected = [f"{name}{i}" for i in range(tensor.ndim - len(expected) + 1)] + expected[1:]
         if tensor.ndim != len(expected):
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected ({', '.join(expected)})")
         for dim, size in zip(expected, tensor.shape, strict=True):

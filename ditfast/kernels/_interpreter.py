@@ -1,8 +1,9 @@
-"""Triton's interpreter with bfloat16 mended for as long as a kernel of ours runs; other people's kernels keep theirs.
+"""Triton's interpreter, mended for as long as a kernel of ours runs; other people's kernels keep theirs.
 
-The interpreter (3.6 to 3.9) stores bfloat16 as uint16 and then forgets it: arithmetic, reductions and `tl.dot` work on the
-bit patterns, and casts from float32 truncate. Here casts round to nearest even, dots go through float32 (exact: a product
-of two bfloat16 fits), and native bfloat16 arithmetic raises, since on the chip it would round where we mean not to.
+The interpreter (3.6 to 3.9) stores bfloat16 as uint16 and then forgets it: arithmetic, reductions and `tl.dot` work on
+the bit patterns, and casts from float32 truncate. Here casts round to nearest even, dots go through float32 (exact: a
+product of two bfloat16 fits), and native bfloat16 arithmetic raises, since on the chip it would round where we mean
+not to. A loop bound held in a tensor becomes an integer in 3.6 as well, whose way of doing so NumPy 2.4 refuses.
 """
 
 from collections.abc import Callable, Iterator
@@ -74,19 +75,27 @@ def _check_tensor(self: ReduceScanOpInterface, tensors: Any) -> None:
     _PLAIN_CHECK(self, tensors)
 
 
+def _patch_lang_tensor(tensor: type, scope: Any) -> None:
+    _PLAIN_PATCH(tensor, scope)
+    tensor.__index__ = lambda self: int(self.handle.data.item())  # type: ignore[attr-defined]
+
+
 _PLAIN_CHECK = ReduceScanOpInterface.check_tensor
+_PLAIN_PATCH = interpreter._patch_lang_tensor
 _MENDED = {"cast_impl": _cast, "create_fp_to_fp": _fp_to_fp, "create_dot": _dot} | {n: _guarded(n) for n in _ARITHMETIC}
 
 
 @contextmanager
-def mended_bfloat16() -> Iterator[None]:
+def mended() -> Iterator[None]:
     """Mend the interpreter inside the block; not for threads that interpret at the same time."""
     builder = interpreter.interpreter_builder
     vars(builder).update({name: method.__get__(builder) for name, method in _MENDED.items()})
     ReduceScanOpInterface.check_tensor = _check_tensor
+    interpreter._patch_lang_tensor = _patch_lang_tensor
     try:
         yield
     finally:
+        interpreter._patch_lang_tensor = _PLAIN_PATCH
         ReduceScanOpInterface.check_tensor = _PLAIN_CHECK
         for name in _MENDED:
             del vars(builder)[name]

@@ -1,7 +1,7 @@
 """From a reference and, where there are any, Triton launchers to an op: backends, `ditfast::` registration, autograd.
 
-The form of registration was chosen by its cost per call: raw ops by define / impl under one autograd.Function take a third
-of what custom_op with register_autograd takes, and are as opaque to torch.compile. A raw op is not differentiable.
+The form of registration was chosen by its cost per call: raw ops by define / impl under one autograd.Function take a
+third of what custom_op with register_autograd takes, and are as opaque to torch.compile. A raw op has no derivative.
 """
 
 from collections.abc import Callable, Mapping, Sequence

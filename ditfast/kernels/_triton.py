@@ -5,7 +5,7 @@ before triton is first imported. Without Triton the kernels are plain functions 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -31,9 +31,7 @@ except ImportError:
 
 
 if INTERPRETED:
-    from ._interpreter import mended_bfloat16 as _environment
-else:
-    _environment = nullcontext
+    from ._interpreter import mended
 
 
 class Launch(NamedTuple):
@@ -66,15 +64,19 @@ def is_recording() -> bool:
 
 def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
     """Run `programs` programs of `kernel` on a one-dimensional grid, on the device of args[0]; none is fine."""
+    # Triton's default is about to change, and would be read from the environment.
+    meta["enable_fp_fusion"] = True
     if _recorder is not None:
         _recorder.append(Launch(kernel, programs, args, meta))
     elif programs:
-        with _environment(), _current(args[0].device):
+        with _environment(args[0].device):
             kernel[(programs,)](*args, **meta)
 
 
-def _current(device: torch.device) -> Any:
-    """Triton launches on the current device, which need not be the tensors'."""
+def _environment(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'; the interpreter needs mending."""
+    if INTERPRETED:
+        return mended()
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -86,4 +88,4 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
 def two_widths(D: int) -> tuple[int, int]:
     """D as a power of two that it fills and one (or 0) for the rest: 1152 = 1024 + 128, where 2048 would idle 44 %."""
     main = 1 << (D.bit_length() - 1)
-    return main, 1 << (D - main - 1).bit_length() if D > main else 0
+    return main, 1 << (D - main - 1).bit_length() if main < D else 0

@@ -25,8 +25,8 @@ from .spec import XL_CASES, OpSpec, token_cases
 DIMS = {"x": "B T D", "shift": "B D", "scale": "B D"}
 
 # (largest D, rows of a tile, rows of a program, warps). Not measured on a chip yet; chosen so that
-# - a thread holds about 32 elements of a forward tile, half that of a backward tile, which keeps dy, n, g and the two sums:
-#   16-byte loads in flight, and no spills on sm_80, sm_90, sm_100 (at D 1152, backward tiles of 4 rows spill on sm_100);
+# - a thread holds about 32 elements of a forward tile, half that of a backward tile, which keeps dy, n, g and two sums:
+#   16-byte loads in flight, no spills on sm_80, sm_90 and sm_100 (at D 1152, backward tiles of 4 rows spill on sm_100);
 # - forward, 8 rows or more share one read of shift and scale: at most 1/8 more bytes than the minimum asked of the L2;
 # - backward, 64 rows or more share one partial row of dshift and dscale: 8 bytes per 64 x 6 in bf16, 2 % more.
 FWD_CONFIGS = ((64, 32, 32, 4), (256, 16, 16, 4), (512, 8, 8, 4), (1536, 4, 8, 4), (4096, 2, 8, 8), (8192, 1, 8, 8))
@@ -38,8 +38,8 @@ BWD_CONFIGS = (
     (4096, 1, 64, 8),
     (8192, 1, 64, 16),
 )
-# Fewer programs than this leave multiprocessors idle, so a program then takes fewer rows. A constant, not the count of the
-# chip at hand: the chunks decide the order of the sums, and so the bits.
+# Fewer programs than this leave multiprocessors idle, so a program then takes fewer rows. A constant, not the count of
+# the chip at hand: the chunks decide the order of the sums, and so the bits.
 MIN_PROGRAMS = 264
 SUM_BLOCK = (8, 256)
 
@@ -51,7 +51,7 @@ def adaln_modulate_ref(
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The equation in plain PyTorch, in the dtypes that come: 1 + scale rounds in scale's, as under official autocast."""
+    """The equation in plain PyTorch, in the dtypes that come: 1 + scale rounds in scale's, as under autocast."""
     n = F.layer_norm(x, x.shape[-1:], eps=eps)
     return (n * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)).to(out_dtype or x.dtype)
 
@@ -229,11 +229,11 @@ def _adaln_modulate_sum_kernel(
 
 def _tiling(configs: tuple[tuple[int, ...], ...], B: int, T: int, D: int) -> tuple[int, dict[str, int]]:
     """(chunks per sample, constants of the launch)."""
-    if D > configs[-1][0]:
+    if configs[-1][0] < D:
         raise ValueError(
             f"adaln_modulate: D is {D}, the Triton kernels take up to {configs[-1][0]}; use backend='reference'"
         )
-    _, tile, per_program, warps = next(config for config in configs if D <= config[0])
+    _, tile, per_program, warps = next(config for config in configs if config[0] >= D)
     while per_program > tile and B * -(-T // per_program) < MIN_PROGRAMS:
         per_program //= 2
     main, tail = two_widths(D)
@@ -316,7 +316,7 @@ def adaln_modulate(
 ) -> torch.Tensor:
     """y (B, T, D) = LN(x) * (1 + scale) + shift in out_dtype (x's by default); x (B, T, D), shift and scale (B, D).
 
-    ValueError for shapes that disagree or dtypes that are not floating; BackendError for a backend that cannot run here.
+    ValueError for shapes that disagree or dtypes that are not floating; BackendError where the backend cannot run.
     """
     tensors = {"x": x, "shift": shift, "scale": scale}
     check_dims(_OP.name, DIMS, tensors)

@@ -32,12 +32,14 @@ def attention_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: flo
 
 def attention_qkvpacked_ref(qkv: torch.Tensor, scale: float) -> torch.Tensor:
     """`attention_ref` of the three slices."""
-    return attention_ref(*qkv.unbind(2), scale)
+    q, k, v = qkv.unbind(2)
+    return attention_ref(q, k, v, scale)
 
 
 def attention_qkvpacked_sdpa(qkv: torch.Tensor, scale: float) -> torch.Tensor:
     """`attention_sdpa` of the three slices."""
-    return attention_sdpa(*qkv.unbind(2), scale)
+    q, k, v = qkv.unbind(2)
+    return attention_sdpa(q, k, v, scale)
 
 
 _OP = Op("attention", attention_ref, {"sdpa": attention_sdpa})
@@ -47,7 +49,7 @@ _PACKED_OP = Op("attention_qkvpacked", attention_qkvpacked_ref, {"sdpa": attenti
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, backend: str = "auto"
 ) -> torch.Tensor:
-    """o (B, Tq, H, head_dim) of q (B, Tq, H, head_dim) and k, v (B, Tk, H, head_dim); scale is head_dim^-0.5 by default.
+    """o (B, Tq, H, head_dim) of q like it and k, v (B, Tk, H, head_dim); scale is head_dim^-0.5 by default.
 
     ValueError for shapes that disagree or dtypes that are not floating.
     """

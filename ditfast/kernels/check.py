@@ -1,7 +1,7 @@
 """Compile every Triton kernel for a GPU that need not be there, and read registers, spills and shared memory.
 
-The launches are recorded from the ops themselves, run on meta tensors at the shapes of OPS' benches, so a kernel cannot be
-forgotten here. ptxas and cuobjdump come with Triton's wheel.
+The launches are recorded from the ops themselves, run on meta tensors at the shapes of OPS' benches, so a kernel cannot
+be forgotten here. ptxas and cuobjdump come with Triton's wheel.
 """
 
 import re
@@ -25,7 +25,7 @@ _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*b
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel, compiled for one architecture; `spills` in bytes of local memory a thread, `tensor_core` in instructions."""
+    """One kernel compiled for one architecture; spills in bytes a thread, tensor_core in instructions."""
 
     op: str
     case: str
@@ -58,7 +58,7 @@ def launches(spec: OpSpec, case: Case, dtype: torch.dtype) -> list[_triton.Launc
 def check(specs: Sequence[OpSpec], archs: Sequence[str], dtype: torch.dtype = torch.bfloat16) -> Iterator[Row]:
     """One Row per kernel of every spec that has a Triton side, per bench case and architecture.
 
-    RuntimeError under TRITON_INTERPRET, where there is nothing to compile; ValueError for an architecture not known here.
+    RuntimeError under TRITON_INTERPRET, where there is nothing to compile; ValueError for an unknown architecture.
     """
     if not _triton.INSTALLED or _triton.INTERPRETED:
         raise RuntimeError("the compile check needs triton, and a process without TRITON_INTERPRET in its environment")
@@ -123,9 +123,11 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return used["REG"], used["STACK"] + used["LOCAL"]
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -13,7 +13,7 @@ from ._checks import check_dims, check_floating
 from ._op import Op
 from .spec import Case, OpSpec
 
-DIMS = {"h": "B T D", "w1": "F D", "b1": "F", "w2": "D F", "b2": "D"}
+DIMS = {"h": "... D", "w1": "F D", "b1": "F", "w2": "D F", "b2": "D"}
 
 
 def gelu_mlp_ref(
@@ -37,8 +37,7 @@ def gelu_mlp(
 ) -> torch.Tensor:
     """y (..., D) of h (..., D), w1 (F, D), b1 (F), w2 (D, F), b2 (D); ValueError for other shapes or integer dtypes."""
     tensors = {"h": h, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
-    lead = " ".join(f"d{i}" for i in range(h.ndim - 1))
-    check_dims(_OP.name, DIMS | {"h": f"{lead} D"}, tensors)
+    check_dims(_OP.name, DIMS, tensors)
     check_floating(_OP.name, tensors)
     return _OP(backend, (h, w1, b1, w2, b2))
 
@@ -46,7 +45,7 @@ def gelu_mlp(
 SPEC = OpSpec(
     op=_OP,
     fn=gelu_mlp,
-    dims=DIMS,
+    dims=DIMS | {"h": "B T D"},
     cases=(
         Case("odd", {"B": 3, "T": 7, "D": 24, "F": 40}),
         Case("strided", {"B": 2, "T": 5, "D": 16, "F": 64}, strided=True),

@@ -3,10 +3,10 @@
 max: error <= 2 x (error of the eager reference in the same dtype + one rounding of the result)
 RMS: error <= 1.1 x RMS error of the eager reference, or of one rounding where that is larger
 The maximum alone is blind in bfloat16: a forgotten mean or a scale off by 1 % hides below it, but not below the RMS.
-In float32 the order of a sum decides the RMS error, and one order is as right as another, so there the factor is 2; so it
-is for libraries, whose roundings are not ours. What matters in float32 shows a thousand times over.
-Of mixed inputs the eager reference gets all in the widest dtype: rounding 1 + scale to bfloat16 under a float32 stream, as
-official autocast does, would excuse too much.
+In float32 the order of a sum decides the RMS error, and one order is as right as another, so there the factor is 2; so
+it is for libraries, whose roundings are not ours. What matters in float32 shows a thousand times over.
+Of mixed inputs the eager reference gets all in the widest dtype: rounding 1 + scale to bfloat16 under a float32 stream,
+as official autocast does, would excuse too much.
 """
 
 import inspect

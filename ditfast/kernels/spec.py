@@ -89,7 +89,7 @@ class OpSpec:
         return inputs | dict(case.kwargs)
 
     def bytes_min(self, inputs: Mapping[str, Any]) -> dict[str, int]:
-        """Bytes that must move: forward, every input read and output written once; backward, their gradients as well."""
+        """Bytes that must move: forward, inputs read and outputs written once; backward, their gradients as well."""
         meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
         outputs = self.fn(**meta, backend="reference")
         read = sum(v.nbytes for v in meta.values() if isinstance(v, torch.Tensor))
@@ -99,7 +99,7 @@ class OpSpec:
 
 
 def token_cases(**fixed: Any) -> tuple[Case, ...]:
-    """The cases of an op over (B, T, D): odd sizes, D of DiT-XL once, views, mixed dtypes, empty batch; always B > 1."""
+    """The cases of an op over (B, T, D): odd sizes, D of DiT-XL, views, mixed dtypes, empty batch; never B = 1."""
     odd = {"B": 5, "T": 63, "D": 48} | fixed
     return (
         Case("odd", odd),

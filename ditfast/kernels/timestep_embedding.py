@@ -41,9 +41,11 @@ def timestep_embedding(
 ) -> torch.Tensor:
     """[cos | sin] embedding (B, dim) of t (B,) in out_dtype (float32 by default).
 
-    ValueError where t has another rank, dim is below 2 or max_period not positive.
+    ValueError where t has another rank or is not of numbers, dim is below 2 or max_period not positive.
     """
     check_dims(_OP.name, DIMS, {"t": t})
+    if t.dtype == torch.bool or t.is_complex():
+        raise ValueError(f"{_OP.name}: t has dtype {t.dtype}, expected an integer or floating-point one")
     if dim < 2 or max_period <= 0:
         raise ValueError(f"{_OP.name}: dim is {dim} and max_period {max_period}, expected dim >= 2 and max_period > 0")
     return _OP(backend, (t,), (dim, max_period, out_dtype or torch.float32))

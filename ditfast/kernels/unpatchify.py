@@ -7,7 +7,7 @@ The order inside a token, (p, q, c), is not the (c, p, q) that `patchify` reads:
 
 import torch
 
-from ._checks import check_dims
+from ._checks import check_dims, check_floating
 from ._op import Op
 from .spec import Case, OpSpec
 
@@ -27,6 +27,7 @@ _OP = Op("unpatchify", unpatchify_ref)
 def unpatchify(y: torch.Tensor, patch_size: int, grid: tuple[int, int], *, backend: str = "auto") -> torch.Tensor:
     """Image (B, C, h p, w p) of y (B, h w, p p C), p = patch_size and (h, w) = grid; ValueError where they disagree."""
     sizes = check_dims(_OP.name, DIMS, {"y": y})
+    check_floating(_OP.name, {"y": y})
     h, w = grid
     if sizes["T"] != h * w:
         raise ValueError(f"{_OP.name}: y has {sizes['T']} tokens, expected {h * w} for a grid of {h} x {w}")

@@ -1,0 +1,163 @@
+"""The ledger of what passed on a real GPU: `python -m bench.chip stale`, and `test`, which gpu.sh runs.
+
+bench/results/chip.json maps each op with Triton kernels to the hash of its source when its tests last passed on a chip,
+with the commit and the machine. An op whose source has another hash since is stale: it has not run there as it is now.
+"""
+
+import argparse
+import ast
+import hashlib
+import io
+import json
+import platform
+import subprocess
+import sys
+import time
+import tokenize
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditfast.kernels import OPS, OpSpec, _triton
+
+ROOT = Path(__file__).parents[1]
+LEDGER = ROOT / "bench" / "results" / "chip.json"
+KERNEL_OPS = tuple(spec for spec in OPS if "triton" in spec.op.backends)
+
+Ledger = dict[str, dict[str, Any]]
+
+
+def normalised(source: str) -> str:
+    """The source without docstrings, comments and blank lines, none of which a chip can notice.
+
+    By positions in the text, not by unparsing: the hash must not depend on the version of Python.
+    """
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            first, last = node.body[0].lineno, node.body[0].end_lineno or 0
+            lines[first - 1 : last] = [""] * (last - first + 1)
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def source_hash(spec: OpSpec) -> str:
+    """sha256 over the op's file and the helpers that its kernels share."""
+    files = (spec.source, Path(_triton.__file__))
+    return hashlib.sha256("\n".join(normalised(file.read_text()) for file in files).encode()).hexdigest()
+
+
+def read(path: Path = LEDGER) -> Ledger:
+    """The ledger; empty where there is none yet."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def stale(ledger: Ledger, specs: Sequence[OpSpec] = KERNEL_OPS) -> list[str]:
+    """Names of the ops that have not passed on a chip as they are now."""
+    return [spec.name for spec in specs if ledger.get(spec.name, {}).get("hash") != source_hash(spec)]
+
+
+def record(passed: Sequence[str], machine: dict[str, Any], path: Path = LEDGER) -> None:
+    """Enter the ops that passed; the entries of others stay."""
+    ledger = read(path) | {
+        spec.name: {"hash": source_hash(spec), **machine} for spec in KERNEL_OPS if spec.name in passed
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(sorted(ledger.items())), indent=1) + "\n")
+
+
+def machine_line() -> dict[str, Any]:
+    """Commit, GPU and versions of a run; the commit is null outside a git checkout."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True
+    )
+    return {
+        "commit": git.stdout.strip() if git.returncode == 0 else None,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": getattr(sys.modules.get("triton"), "__version__", None),
+        "python": platform.python_version(),
+    }
+
+
+class Tally:
+    """pytest plugin: the tests of stale ops first, a deadline, and which ops had all their tests pass."""
+
+    def __init__(self, first: Sequence[str], deadline: float):
+        self.first, self.deadline = first, deadline
+        self.left: dict[str | None, set[str]] = defaultdict(set)
+        self.failed: set[str | None] = set()
+        self.ops: dict[str, str | None] = {}
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        """Group what is left after deselection by op, the stale ops in front, tests of no single op last."""
+        names = [*self.first, *(spec.name for spec in KERNEL_OPS if spec.name not in self.first), None]
+        for item in session.items:
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            name = getattr(params.get("spec"), "name", params.get("name"))
+            self.ops[item.nodeid] = name if name in names else None
+            self.left[self.ops[item.nodeid]].add(item.nodeid)
+        session.items.sort(key=lambda item: names.index(self.ops[item.nodeid]))
+
+    def pytest_runtest_protocol(self, item: Any) -> None:
+        """Stop in time."""
+        if time.monotonic() > self.deadline:
+            item.session.shouldstop = "out of time: the ops that were not finished are not recorded"
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Count a test as done when torn down, and as failed if any phase of it failed."""
+        op = self.ops[report.nodeid]
+        if report.failed:
+            self.failed.add(op)
+        elif report.when == "teardown":
+            self.left[op].discard(report.nodeid)
+
+    def passed(self) -> list[str]:
+        """Ops all of whose tests passed; none if a test that belongs to no single op failed."""
+        if None in self.failed:
+            return []
+        return [op for op, left in self.left.items() if op is not None and not left and op not in self.failed]
+
+
+def run_tests(
+    minutes: float, arguments: Sequence[str] = (), path: Path = LEDGER, tests: Path = ROOT / "tests" / "kernels"
+) -> int:
+    """Run the kernel tests on this machine's GPU and enter what passed; pytest's exit status."""
+    import pytest
+
+    tally = Tally(stale(read(path)), time.monotonic() + 60 * minutes)
+    status = pytest.main(["-q", "-p", "no:cacheprovider", str(tests), *arguments], plugins=[tally])
+    record(tally.passed(), machine_line(), path)
+    print(f"passed on {torch.cuda.get_device_name()}: {', '.join(tally.passed()) or 'none'}")
+    return int(status)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`stale` prints the stale ops, one a line; `test` runs the kernel tests on a GPU, or says that there is none."""
+    parser = argparse.ArgumentParser(prog="python -m bench.chip", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("stale", help="ops that have not passed on a chip as they are now")
+    test = commands.add_parser("test", help="run the kernel tests on a GPU and update the ledger")
+    test.add_argument("--minutes", type=float, default=8.0, help="stop after this long")
+    options, arguments = parser.parse_known_args(argv)
+    if options.command == "stale":
+        names = stale(read())
+        print(
+            "\n".join(f"not run on a chip as it is now: {name}" for name in names) or "all kernels have run on a chip"
+        )
+        return 0
+    if not torch.cuda.is_available():
+        print("no GPU here: nothing ran, the ledger is as it was")
+        return 0
+    return run_tests(options.minutes, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

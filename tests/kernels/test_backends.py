@@ -1,0 +1,170 @@
+"""Which backend an op takes, what it says when it cannot, and what it says about wrong arguments."""
+
+import pytest
+import torch
+
+from ditfast.kernels import (
+    OPS,
+    BackendError,
+    _triton,
+    adaln_modulate,
+    backend_of,
+    patchify,
+    timestep_embedding,
+    unpatchify,
+)
+
+SPECS = [pytest.param(spec, id=spec.name) for spec in OPS]
+KERNELS = [pytest.param(spec, id=spec.name) for spec in OPS if "triton" in spec.op.backends]
+PLAIN = [pytest.param(spec, id=spec.name) for spec in OPS if "triton" not in spec.op.backends]
+SHAPES = [pytest.param(spec, name, id=f"{spec.name}-{name}") for spec in OPS for name in spec.dims]
+
+
+def small(spec, dtype=torch.float32):
+    return spec.make_inputs(spec.cases[0], dtype, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_auto_takes_the_kernel_on_a_gpu_and_pytorch_on_a_cpu(spec, monkeypatch):
+    monkeypatch.setattr(_triton, "INSTALLED", True)
+    on_cpu = spec.op.backends[1] if spec.op.kernels else spec.op.backends[0]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert backend_of(spec.name, "cuda", dtype) == spec.op.backends[0]
+        assert backend_of(spec.name, "cpu", dtype) == on_cpu
+    assert backend_of(spec.name, "cuda", torch.float64) == on_cpu
+
+
+@pytest.mark.parametrize("spec", KERNELS)
+def test_call_takes_the_backend_that_backend_of_names(spec, device, monkeypatch):
+    launched = []
+    monkeypatch.setattr(_triton, "_recorder", launched)
+    inputs = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in small(spec).items()}
+    for backend in ("auto", "reference"):
+        spec.fn(**inputs, backend=backend)
+        assert backend_of(spec.name, "meta", torch.float32, backend) == "reference" and not launched
+    spec.fn(**inputs, backend="triton")
+    assert launched
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_unknown_backend_names_those_there_are(spec):
+    with pytest.raises(BackendError, match=r"'cudnn' is not one of 'auto'.*'reference'"):
+        spec.fn(**small(spec), backend="cudnn")
+
+
+@pytest.mark.parametrize("spec", PLAIN)
+def test_triton_without_a_kernel_names_the_backends_there_are(spec):
+    with pytest.raises(BackendError, match=f"{spec.name}: backend 'triton' is not one of 'auto', .*'reference'"):
+        spec.fn(**small(spec), backend="triton")
+
+
+@pytest.mark.parametrize("spec", KERNELS)
+def test_triton_on_a_cpu_without_the_interpreter_is_an_error(spec, monkeypatch):
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    with pytest.raises(BackendError, match="TRITON_INTERPRET=1"):
+        spec.fn(**small(spec), backend="triton")
+
+
+@pytest.mark.parametrize("spec", KERNELS)
+@pytest.mark.parametrize("asked", ("auto", "triton"))
+def test_gpu_without_triton_is_an_error_and_no_fallback(spec, asked, monkeypatch):
+    monkeypatch.setattr(_triton, "INSTALLED", False)
+    with pytest.raises(BackendError, match="pip install triton"):
+        backend_of(spec.name, "cuda", torch.bfloat16, asked)
+
+
+@pytest.mark.parametrize("spec", KERNELS)
+def test_triton_refuses_float64(spec):
+    with pytest.raises(BackendError, match="float64"):
+        spec.fn(**small(spec, torch.float64), backend="triton")
+
+
+def test_unknown_op_names_those_there_are():
+    with pytest.raises(ValueError, match="no op 'layer_norm'; there are adaln_modulate"):
+        backend_of("layer_norm", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize(("spec", "name"), SHAPES)
+def test_wrong_rank_is_named(spec, name):
+    inputs = small(spec)
+    wrong = inputs[name].reshape(*inputs[name].shape[:-1], 1, 1, inputs[name].shape[-1])
+    if spec.name == "gelu_mlp" and name == "h":
+        wrong = inputs[name].flatten()[0]
+    with pytest.raises(ValueError, match=rf"{spec.name}: {name} .*expected"):
+        spec.fn(**{**inputs, name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "dim"),
+    [
+        pytest.param(spec, name, dim, id=f"{spec.name}-{name}-{dim}")
+        for spec in OPS
+        for name, dims in spec.dims.items()
+        for dim, letter in enumerate(dims.split())
+        if letter.isdigit() or sum(other.split().count(letter) for other in spec.dims.values()) > 1
+    ],
+)
+def test_wrong_size_is_an_error_that_names_it(spec, name, dim):
+    inputs = small(spec)
+    grown = torch.cat([inputs[name], inputs[name].narrow(dim, 0, 1)], dim)
+    with pytest.raises(ValueError, match=rf"{spec.name}: .*expected"):
+        spec.fn(**{**inputs, name: grown})
+
+
+@pytest.mark.parametrize(("spec", "name"), SHAPES)
+def test_wrong_dtype_is_an_error_that_names_it(spec, name):
+    inputs = small(spec)
+    wrong = inputs[name].bool() if name in spec.integers else inputs[name].long()
+    with pytest.raises(ValueError, match=rf"{spec.name}: {name} has dtype torch"):
+        spec.fn(**{**inputs, name: wrong})
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_tensors_on_two_devices_are_an_error(spec):
+    names = list(spec.dims)
+    if len(names) > 1:
+        inputs = small(spec)
+        with pytest.raises(ValueError, match=f"{spec.name}: {names[-1]} is on meta, the other tensors on cpu"):
+            spec.fn(**{**inputs, names[-1]: inputs[names[-1]].to("meta")})
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_something_that_is_no_tensor_is_an_error(spec):
+    name = next(iter(spec.dims))
+    with pytest.raises(ValueError, match=f"{spec.name}: {name} is a list, expected a torch.Tensor"):
+        spec.fn(**{**small(spec), name: [1.0]})
+
+
+@pytest.mark.parametrize(("spec", "name"), [p for p in SHAPES if p.values[1] in p.values[0].optional])
+def test_optional_input_may_be_none(spec, name):
+    inputs = small(spec)
+    without, ones = (spec.fn(**{**inputs, name: gate}) for gate in (None, torch.ones_like(inputs[name])))
+    torch.testing.assert_close(without, ones, rtol=0, atol=0)
+
+
+def test_width_beyond_the_kernels_is_an_error(device):
+    x, m = torch.zeros(1, 1, 8193, device=device), torch.zeros(1, 8193, device=device)
+    with pytest.raises(ValueError, match="D is 8193, the Triton kernels take up to 8192; use backend='reference'"):
+        adaln_modulate(x, m, m, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "says"), (((6, 5), 6, "multiples of the patch size 2"), ((6, 4), 5, "expected 6"))
+)
+def test_patchify_refuses_a_wrong_grid(size, tokens, says):
+    with pytest.raises(ValueError, match=says):
+        patchify(torch.zeros(1, 4, *size), torch.zeros(8, 4, 2, 2), torch.zeros(8), torch.zeros(1, tokens, 8))
+
+
+@pytest.mark.parametrize(
+    ("width", "grid", "says"), ((16, (2, 2), "expected 4"), (15, (2, 3), "multiple of patch_size"))
+)
+def test_unpatchify_refuses_a_wrong_grid(width, grid, says):
+    with pytest.raises(ValueError, match=says):
+        unpatchify(torch.zeros(1, 6, width), 2, grid)
+
+
+@pytest.mark.parametrize("wrong", ({"dim": 1}, {"dim": 0}, {"max_period": 0}))
+def test_timestep_embedding_refuses_wrong_arguments(wrong):
+    with pytest.raises(ValueError, match="expected dim >= 2 and max_period > 0"):
+        timestep_embedding(torch.zeros(3), **wrong)

@@ -1,0 +1,79 @@
+"""Strides must not change a bit: transposed, expanded, chunked tensors against contiguous copies of themselves."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ditfast.kernels import OPS, adaln_modulate, parity
+
+KERNELS = [pytest.param(spec, id=spec.name) for spec in OPS if "triton" in spec.op.backends]
+
+
+def assert_equal_bits(spec, inputs, douts):
+    plain = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    results = parity.run(spec, inputs, "triton", douts)
+    expected = parity.run(spec, plain, "triton", [dout.contiguous() for dout in douts])
+    for name, result in results.items():
+        assert torch.equal(result, expected[name]), name
+
+
+def odd_inputs(spec, device, generator):
+    inputs = spec.make_inputs(spec.cases[0], torch.bfloat16, device, generator)
+    return inputs, parity.random_douts(parity.run(spec, inputs, "reference"), generator)
+
+
+@pytest.mark.parametrize("spec", KERNELS)
+def test_last_dim_not_dense(spec, device, generator):
+    inputs, douts = odd_inputs(spec, device, generator)
+    turned = {k: v.mT.contiguous().mT if isinstance(v, torch.Tensor) and v.ndim > 1 else v for k, v in inputs.items()}
+    assert_equal_bits(spec, turned, [dout.mT.contiguous().mT for dout in douts])
+
+
+@pytest.mark.parametrize("spec", KERNELS)
+@pytest.mark.parametrize("dim", (0, 1, -1))
+def test_expanded_inputs_and_gradients(spec, dim, device, generator):
+    inputs, douts = odd_inputs(spec, device, generator)
+
+    def expanded(tensor):
+        return tensor.narrow(dim, 0, 1).expand_as(tensor)
+
+    assert_equal_bits(spec, inputs, [expanded(dout) for dout in douts])
+    assert_equal_bits(spec, {k: expanded(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}, douts)
+
+
+def test_chunks_of_one_modulation_are_read_in_place_and_graded_together(device, generator):
+    x = torch.randn(3, 7, 48, device=device, generator=generator)
+    modulation = torch.randn(3, 6 * 48, device=device, generator=generator).requires_grad_()
+    shift, scale = modulation.chunk(6, dim=1)[3:5]
+    y = adaln_modulate(x, shift, scale, backend="triton")
+    saved = y.grad_fn.saved_tensors
+    assert {t.untyped_storage().data_ptr() for t in saved[1:3]} == {modulation.untyped_storage().data_ptr()}
+    y.sum().backward()
+    apart = [t.detach().clone().requires_grad_() for t in (shift, scale)]
+    adaln_modulate(x, *apart, backend="triton").sum().backward()
+    assert torch.equal(modulation.grad[:, 3 * 48 : 5 * 48], torch.cat([t.grad for t in apart], dim=1))
+    assert not modulation.grad[:, : 3 * 48].any() and not modulation.grad[:, 5 * 48 :].any()
+
+
+INT64_SCRIPT = """
+import os, sys, torch
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+from ditfast.kernels import adaln_modulate
+device = "cuda" if torch.cuda.is_available() else "cpu"
+far = 2**31 + 64
+buffer = torch.empty(far + 64, dtype=torch.bfloat16, device=device)
+x = buffer.as_strided((2, 2, 32), (far, 32, 1))
+x.copy_(torch.randn(2, 2, 32))
+shift, scale = torch.randn(2, 2, 32, device=device).bfloat16()
+y = adaln_modulate(x, shift, scale, backend="triton")
+assert torch.equal(y, adaln_modulate(x.contiguous(), shift, scale, backend="triton"))
+"""
+
+
+@pytest.mark.full
+def test_offsets_beyond_31_bits():
+    subprocess.run([sys.executable, "-c", INT64_SCRIPT], check=True, timeout=300, cwd=Path(__file__).parents[2])

@@ -1,0 +1,74 @@
+"""Bugs planted in a kernel's source must fail the budgets, in every dtype: else the suite would not see real ones."""
+
+import importlib
+import importlib.util
+import inspect
+
+import pytest
+import torch
+
+from ditfast.kernels import OPS, parity
+
+# op -> (kernel, what is wrong, the right text, the wrong one)
+BUGS = {
+    "adaln_modulate": (
+        ("fwd", "forgotten mean", "x = x - mean[:, None]", "x = x - 0.0 * mean[:, None]"),
+        ("fwd", "eps 1e-2", "square / D + eps", "square / D + 1e-2"),
+        ("fwd", "scale x 0.99", "+ cols).to(tl.float32) + 1.0", "+ cols).to(tl.float32) * 0.99 + 1.0"),
+        ("fwd", "sample 0 for all", "shift_ptr + sample * stride_shift", "shift_ptr + 0 * stride_shift"),
+        ("fwd", "sample by row", "sample = (pid // chunks)", "sample = (pid // chunks // (chunks * ROWS // T + 1))"),
+        ("fwd", "unwritten tail", "tail_y, mask=tail_live", "tail_y, mask=tail_live & (tail_cols < D - 1)[None, :]"),
+        ("fwd", "unwritten last row", "mask=live[:, None])\n        if TAIL:\n            tail_y",
+         "mask=(row < T - 1)[:, None])\n        if TAIL:\n            tail_y"),
+        ("bwd", "scale x 0.99", "+ cols).to(tl.float32) + 1.0", "+ cols).to(tl.float32) * 0.99 + 1.0"),
+        ("bwd", "forgotten mean of g", "(g - g_mean - n", "(g - n"),
+        ("bwd", "forgotten mean of g n", "g_mean - n * gn_mean) * rstd, mask=live", "g_mean) * rstd, mask=live"),
+        ("bwd", "mean ignored in n", "n = (n - mean) * rstd", "n = n * rstd"),
+        ("bwd", "gradient of sample 0", "dy_ptr + sample * stride_dyb", "dy_ptr + 0 * stride_dyb"),
+        ("sum", "last chunk dropped", "(chunk < chunks)", "(chunk < chunks - 1)"),
+        ("sum", "unwritten tail", "dscale, mask=inside", "dscale, mask=cols < D - 1"),
+    )
+}  # fmt: skip
+SPECS = {spec.name: spec for spec in OPS}
+
+
+def mutated(kernel, right: str, wrong: str, path):
+    """The kernel compiled from its source with `right` replaced by `wrong`."""
+    source = inspect.getsource(inspect.unwrap(kernel.fn))
+    assert right in source, f"{right!r} is no longer in {kernel.__name__}: bring the planted bug up to date"
+    path.write_text(f"from ditfast.kernels._triton import jit, tl\n\n\n{source.replace(right, wrong)}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, kernel.__name__)
+
+
+def cases_of(name: str):
+    """The widest of the default cases too, where a maximum alone is blind; for breadth, since it is slow."""
+    by_name = {case.name: case for case in SPECS[name].cases}
+    return by_name["odd"], by_name["mixed"], by_name["xl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "which", "right", "wrong", "case", "dtype"),
+    [
+        pytest.param(
+            *(name, which, right, wrong, case, dtype),
+            id=f"{name}_{which}-{bug}-{case.name}-{str(dtype).removeprefix('torch.')}",
+            marks=[pytest.mark.full] if case.name == "xl" and (which, dtype) != ("fwd", torch.bfloat16) else [],
+        )
+        for name, bugs in BUGS.items()
+        for which, bug, right, wrong in bugs
+        for case in cases_of(name)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if not (case.mixed and dtype == torch.float32)
+    ],
+)
+def test_planted_bug_is_rejected(name, which, right, wrong, case, dtype, device, generator, monkeypatch, tmp_path):
+    spec = SPECS[name]
+    module = importlib.import_module(spec.fn.__module__)
+    kernel_name = f"_{name}_{which}_kernel"
+    kernel = mutated(getattr(module, kernel_name), right, wrong, tmp_path / "mutant.py")
+    monkeypatch.setattr(module, kernel_name, kernel)
+    verdicts = parity.check(spec, spec.make_inputs(case, dtype, device, generator), "triton", generator)
+    assert not all(verdict.ok for verdict in verdicts), verdicts

@@ -1,0 +1,118 @@
+"""OPS, the raw ops, torch.compile, autograd, and what importing costs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ditfast.kernels as kernels
+from ditfast.kernels import OPS, parity
+
+SPECS = [pytest.param(spec, id=spec.name) for spec in OPS]
+KERNELS = [pytest.param(spec, id=spec.name) for spec in OPS if "triton" in spec.op.backends]
+ROOT = Path(__file__).parents[2]
+
+
+def test_ops_lists_every_public_op_once():
+    names = [spec.name for spec in OPS]
+    assert len(set(names)) == len(names)
+    assert all(getattr(kernels, spec.name) is spec.fn for spec in OPS)
+    files = {path.stem for path in (ROOT / "ditfast/kernels").glob("*.py") if "SPEC = OpSpec(" in path.read_text()}
+    assert {spec.source.stem for spec in OPS} == files
+
+
+def raw_arguments(spec, device, generator):
+    """Arguments of the raw forward and backward, by their schemas' names."""
+    inputs = spec.make_inputs(spec.cases[0], torch.bfloat16, device, generator)
+    attrs = {"eps": 1e-6, "out_dtype": torch.float32}
+    forward, backward = (getattr(torch.ops.ditfast, f"{spec.name}_{which}").default for which in ("fwd", "bwd"))
+    args = [(inputs | attrs)[a.name] for a in forward._schema.arguments]
+    results = forward(*args)
+    results = (results,) if isinstance(results, torch.Tensor) else results
+    names = [*spec.op.kernels.outputs, *spec.op.kernels.saved]
+    known = inputs | attrs | dict(zip(names, results, strict=True))
+    known |= {f"d{n}": torch.ones_like(known[n]) for n in spec.op.kernels.outputs}
+    return (forward, args), (backward, [known[a.name] for a in backward._schema.arguments])
+
+
+@pytest.mark.parametrize("spec", KERNELS)
+def test_opcheck(spec, device, generator):
+    for op, args in raw_arguments(spec, device, generator):
+        torch.library.opcheck(op, tuple(args))
+
+
+@pytest.mark.parametrize("spec", KERNELS)
+@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+@pytest.mark.parametrize("compiler", ("aot_eager", pytest.param("inductor", marks=pytest.mark.full)))
+def test_compiled_kernels_equal_eager_ones(spec, dynamic, compiler, device, generator):
+    torch._dynamo.reset()
+    call = torch.compile(spec.fn, fullgraph=True, dynamic=dynamic, backend=compiler)
+    graphed = type(spec)(**{**vars(spec), "fn": call})
+    for case in (spec.cases[0], spec.cases[3]):
+        inputs = spec.make_inputs(case, torch.float32, device, generator)
+        eager = parity.run(spec, inputs, "triton")
+        douts = parity.random_douts(eager, generator)
+        expected, results = parity.run(spec, inputs, "triton", douts), parity.run(graphed, inputs, "triton", douts)
+        for name, result in results.items():
+            assert torch.equal(result, expected[name]), name
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_compiles_without_graph_breaks(spec, device, generator):
+    torch._dynamo.reset()
+    inputs = spec.make_inputs(spec.cases[0], torch.float32, device, generator)
+    outputs, compiled = spec.fn(**inputs), torch.compile(spec.fn, fullgraph=True, backend="eager")(**inputs)
+    torch.testing.assert_close(compiled, outputs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("spec", KERNELS)
+def test_second_derivative_is_refused(spec, device, generator):
+    inputs = spec.make_inputs(spec.cases[0], torch.float32, device, generator)
+    leaf = next(v for v in inputs.values() if isinstance(v, torch.Tensor)).requires_grad_()
+    (grad,) = torch.autograd.grad(spec.fn(**inputs, backend="triton").square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_minimal_bytes_come_from_the_shapes(spec):
+    inputs = spec.make_inputs(spec.bench[0], torch.bfloat16, "meta")
+    bytes_min = spec.bytes_min(inputs)
+    assert 0 < bytes_min["fwd"] <= bytes_min["bwd"]
+    if spec.name == "adaln_modulate":
+        rows, modulation = 256 * 256 * 1152 * 2, 256 * 1152 * 2
+        assert bytes_min == {"fwd": 2 * rows + 2 * modulation, "bwd": 3 * rows + 4 * modulation}
+    if spec.flops:
+        assert spec.flops(inputs) > 0
+
+
+IMPORT_SCRIPT = """
+import sys, time, torch
+for name in {blocked}:
+    sys.modules[name] = None
+start = time.perf_counter()
+import ditfast.kernels
+assert time.perf_counter() - start < 2, time.perf_counter() - start
+x, m = torch.randn(2, 3, 8), torch.randn(2, 8)
+assert ditfast.kernels.adaln_modulate(x, m, m).shape == x.shape
+try:
+    ditfast.kernels.adaln_modulate(x, m, m, backend="triton")
+except ditfast.kernels.BackendError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("blocked", "says"), ((["triton"], "pip install triton"), ([], "TRITON_INTERPRET=1")), ids=("no triton", "no GPU")
+)
+def test_import_is_quick_and_compiles_nothing(blocked, says, tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    script = IMPORT_SCRIPT.format(blocked=blocked)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert says in done.stdout
+    assert not list(tmp_path.iterdir())
