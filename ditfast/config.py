@@ -1,0 +1,325 @@
+"""The typed configuration of a run: every option, its default, the presets, and the precision policies."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import torch
+import yaml
+
+from ditfast.layers.dit import SIZES
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the option, what was given and what is expected."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The one place that says which dtype what is held and computed in.
+
+    `official` policies (fp32, bf16, fp16) reproduce autocast: fp32 weights and residual stream, norm and modulate in
+    fp32, matrix products and attention in the compute dtype. `fast` policies keep the weights that the model reads, the
+    stream and the gradients in the compute dtype, with fp32 statistics inside the norms and fp32 master weights,
+    moments and EMA in the optimizer.
+
+    Attributes: dtype of parameters, residual stream, compute (GEMMs, attention), gradients, optimizer state, EMA.
+    """
+
+    params: torch.dtype = torch.float32
+    stream: torch.dtype = torch.float32
+    compute: torch.dtype = torch.float32
+    grads: torch.dtype = torch.float32
+    optimizer: torch.dtype = torch.float32
+    ema: torch.dtype = torch.float32
+
+    @property
+    def scales_loss(self) -> bool:
+        """fp16 gradients underflow without a loss scale."""
+        return self.compute is torch.float16
+
+    def autocast(self, device: torch.device | str) -> torch.autocast:
+        """The autocast context of a forward; disabled where the parameters already have the compute dtype."""
+        enabled = self.compute is not self.params
+        kind = torch.device(device).type
+        return torch.autocast(kind, dtype=self.compute if enabled else None, enabled=enabled)
+
+    def apply(self, model: Any) -> Any:
+        """Casts a DiT's parameters and sets the dtype of its residual stream; returns the model."""
+        model.stream_dtype = self.stream
+        return model.to(self.params)
+
+
+def _fast(dtype: torch.dtype) -> Precision:
+    return Precision(params=dtype, stream=dtype, compute=dtype, grads=dtype)
+
+
+PRECISIONS = {
+    "fp32": Precision(),
+    "bf16": Precision(compute=torch.bfloat16),
+    "fp16": Precision(compute=torch.float16),
+    "bf16-fast": _fast(torch.bfloat16),
+    "fp16-fast": _fast(torch.float16),
+}
+
+
+def checked_precision(name: str) -> str:
+    """`name` if it is one of PRECISIONS, else ConfigError."""
+    if name not in PRECISIONS:
+        raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}{nearest(name, PRECISIONS)}")
+    return name
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the DiT. `input_size`, `in_channels` and `num_classes` left at None are taken from the data."""
+
+    patch_size: int = 2
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    learn_sigma: bool = True
+    block: Literal["adaln_zero", "adaln", "cross_attention", "in_context"] = "adaln_zero"
+    input_size: tuple[int, int] | None = None  # (height, width) of what the model sees
+    in_channels: int | None = None
+    num_classes: int | None = None
+
+
+@dataclass
+class DiffusionConfig:
+    """The training process; the arguments of `ditfast.diffusion.create_diffusion`."""
+
+    noise_schedule: str = "linear"
+    diffusion_steps: int = 1000
+    predict_xstart: bool = False
+    use_kl: bool = False
+    sigma_small: bool = False
+    rescale_learned_sigmas: bool = False
+    timestep_sampler: Literal["uniform", "loss-second-moment"] = "uniform"
+
+
+@dataclass
+class DataConfig:
+    """What to train on. kind: digits (in scikit-learn), folder (of images), cifar10 (binary files), features (.npy)."""
+
+    kind: str = "digits"
+    path: str | None = None
+    image_size: int | None = None  # side in pixels that a folder's images are resized and cropped to
+    flip: bool = False  # random horizontal flips
+    workers: int = 0  # loader processes
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and what goes with it; the defaults are DiT's published recipe."""
+
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decay: Literal["matrices", "all"] = "matrices"  # matrices: no decay of biases, norms and embedding tables
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to zero at the last step
+    warmup_steps: int = 0
+    clip_norm: float = 0.0  # global gradient norm; 0 does not clip
+    ema_rates: list[float] = field(default_factory=lambda: [0.9999])
+    ema_warmup: bool = False  # rate min(rate, (1 + step) / (10 + step)), for short runs
+
+
+@dataclass
+class SampleConfig:
+    """How samples are drawn, by `ditfast sample` and for the grids during training."""
+
+    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    steps: int = 250
+    guidance_scale: float = 4.0  # 1 is no guidance
+    guidance_channels: int | None = 3  # the official form guides 3 channels; null guides all
+    guidance_interval: tuple[float, float] | None = None  # guide only while t / T is in [low, high)
+    eta: float = 0.0  # DDIM's noise level
+    clip_denoised: bool = False
+    batch_size: int = 64
+    ema: float | None = None  # which EMA rate's weights; null takes the first, 0 the raw weights
+
+
+@dataclass
+class TrainConfig:
+    """The loop. batch_size is the global batch, over all processes and accumulation steps."""
+
+    steps: int = 400_000
+    batch_size: int = 256
+    accumulate: int = 1
+    precision: str = "bf16"
+    recompute: Literal["none", "block"] = "none"
+    compile: bool = False
+    log_every: int = 100
+    sample_every: int = 0  # 0 draws no grids during training
+    save_every: int = 50_000
+    keep: int = 3  # checkpoints kept on disk
+    init_from: str | None = None  # an official checkpoint (.pt, .safetensors) to start from
+    tensorboard: bool = True
+
+
+@dataclass
+class RunConfig:
+    """Everything that defines a run; saved with it as config.yaml."""
+
+    out: str = "runs/default"
+    seed: int = 0
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    deterministic: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        checked_precision(self.train.precision)
+        positive = {
+            "train.batch_size": self.train.batch_size,
+            "train.accumulate": self.train.accumulate,
+            "train.steps": self.train.steps,
+            "train.log_every": self.train.log_every,
+            "train.keep": self.train.keep,
+            "sample.batch_size": self.sample.batch_size,
+            "sample.steps": self.sample.steps,
+            "optim.lr": self.optim.lr,
+        }
+        for name, value in positive.items():
+            if not value > 0:
+                raise ConfigError(f"{name} must be positive, got {value}")
+        for rate in self.optim.ema_rates:
+            if not 0 < rate < 1:
+                raise ConfigError(f"optim.ema_rates must lie in (0, 1), got {rate}")
+        if self.optim.warmup_steps > self.train.steps:
+            raise ConfigError(
+                f"optim.warmup_steps {self.optim.warmup_steps} exceeds train.steps {self.train.steps}: "
+                "the run would end in its warm-up"
+            )
+
+    @property
+    def precision(self) -> Precision:
+        return PRECISIONS[self.train.precision]
+
+
+def _published(size: str, patch: int, pixels: int) -> dict[str, Any]:
+    """A size of the paper at `pixels` squared, on latents an eighth of that, from fast-DiT's feature folders."""
+    depth, width, heads = SIZES[size]
+    return {
+        "model.depth": depth, "model.hidden_size": width, "model.num_heads": heads, "model.patch_size": patch,
+        "model.input_size": (pixels // 8, pixels // 8), "model.in_channels": 4, "model.num_classes": 1000,
+        "data.kind": "features", "out": f"runs/DiT-{size}-{patch}-{pixels}",
+    }  # fmt: skip
+
+
+# Overrides of RunConfig's defaults, by dotted key. The digits preset is the demo: 8 x 8 scans, minutes on a CPU.
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "out": "runs/digits", "data.kind": "digits",
+        "model.patch_size": 2, "model.hidden_size": 128, "model.depth": 4, "model.num_heads": 4,
+        "diffusion.noise_schedule": "squaredcos_cap_v2",
+        "optim.lr": 2e-3, "optim.schedule": "cosine", "optim.warmup_steps": 100, "optim.clip_norm": 1.0,
+        "optim.ema_rates": [0.999], "optim.ema_warmup": True,
+        "train.steps": 1000, "train.batch_size": 128, "train.precision": "fp32",
+        "train.log_every": 50, "train.sample_every": 500, "train.save_every": 500,
+        "sample.sampler": "ddim", "sample.steps": 50, "sample.guidance_scale": 2.0, "sample.guidance_channels": None,
+        "sample.batch_size": 100, "sample.clip_denoised": True,
+    },
+    **{
+        f"DiT-{size}/{patch}" + ("" if pixels == 256 else f"@{pixels}"): _published(size, patch, pixels)
+        for size in SIZES for patch in (2, 4, 8) for pixels in (256, 512)
+    },
+}  # fmt: skip
+
+
+def nearest(word: str, known: Any) -> str:
+    """' Did you mean ...?' for the known word nearest to a mistyped one, or nothing."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f". Did you mean {matches[0]!r}?" if matches else ""
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The overrides of a preset, by dotted key; ConfigError names the nearest one for an unknown name."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}{nearest(name, PRESETS)} Known: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def keys(cls: Any = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of a config dataclass."""
+    found: list[str] = []
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(f.type):
+            found += keys(f.type, f"{prefix}{f.name}.")
+        else:
+            found.append(prefix + f.name)
+    return found
+
+
+def parse_config(arguments: list[str], base: str | None = None, **kwargs: Any) -> RunConfig:
+    """The configuration of a command line (`--optim.lr 1`, `--config FILE`, `--print_config`) over a preset's values.
+
+    Raises ConfigError; for an unknown key it names the nearest known one. `kwargs` go to the parser.
+    """
+    made = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False, **kwargs)
+    made.add_argument("--config", action="config", help="a YAML file of options; those after it on the line win")
+    made.add_class_arguments(RunConfig, as_group=False)
+    if base is not None:
+        made.set_defaults(preset(base))
+    return _parse(made, arguments, RunConfig)
+
+
+def parse_sample(arguments: list[str], default: SampleConfig) -> SampleConfig:
+    """The sampler's options of a command line (`--steps 50`), over those in `default`. Raises ConfigError."""
+    made = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False, prog="ditfast sample")
+    made.add_class_arguments(SampleConfig, as_group=False)
+    made.set_defaults(dataclasses.asdict(default))
+    return _parse(made, arguments, SampleConfig)
+
+
+def _parse(made: jsonargparse.ArgumentParser, arguments: list[str], cls: Any) -> Any:
+    try:
+        parsed = made.instantiate(made.parse_args(arguments))
+    except argparse.ArgumentError as error:
+        raise ConfigError(_explain(str(error), keys(cls))) from error
+    return cls(**{f.name: parsed[f.name] for f in dataclasses.fields(cls)})
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """The configuration in a YAML file, as `save_config` writes it."""
+    if not Path(path).is_file():
+        raise ConfigError(f"there is no configuration file {path}")
+    return parse_config(["--config", str(path)])
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Writes every option as YAML, which `--config` reads back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")  # renamed into place: a full disk must not cost the former one
+    temporary.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False))
+    temporary.replace(path)
+
+
+def _explain(message: str, known: list[str]) -> str:
+    """The parser's message, with the nearest known key where it complains of an unknown one."""
+    unknown = (
+        re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", message)
+        or re.search(r"Option '(?P<key>[\w.]+)' is not accepted", message)
+        or re.search(r"unrecognized arguments: --(?P<key>[\w.-]+)", message)
+    )
+    if not unknown:
+        return message
+    parts = unknown.groupdict()
+    key = f"{parts['group']}.{parts['key']}" if parts.get("group") else parts["key"]
+    by_last = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    suggestion = f". Did you mean {by_last[0]!r}?" if by_last else nearest(key, known)
+    return f"unknown option {key!r}{suggestion or '; known: ' + ', '.join(known)}"

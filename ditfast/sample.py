@@ -1,0 +1,235 @@
+"""Sampling: weights from a run or an official checkpoint, labels in, images or latents out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ditfast import checkpoint, convert
+from ditfast.build import build_diffusion, build_model, predictor
+from ditfast.config import (
+    PRECISIONS,
+    ConfigError,
+    ModelConfig,
+    Precision,
+    RunConfig,
+    checked_precision,
+    load_config,
+)
+from ditfast.diffusion import ClassifierFreeGuidance, SpacedDiffusion, TwoNetworkGuidance
+from ditfast.images import save_grid, save_npz, to_uint8
+from ditfast.layers import DiT
+from ditfast.layers.embed import check_labels
+from ditfast.logs import log
+from ditfast.optimizer import ema_group
+from ditfast.reproducibility import generator_for
+
+
+@dataclass
+class Network:
+    """A model ready to sample: evaluated as `predict(x, t, y=labels)`, with what it was trained on."""
+
+    model: DiT
+    precision: Precision
+    device: torch.device
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.y_embedder.num_classes
+
+    def __call__(self, x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
+        return predictor(self.model, self.precision, self.device)(x, t, **kwargs)
+
+
+def config_of(path: str | Path) -> RunConfig:
+    """The configuration behind weights: a run's, for its directory or a checkpoint's; what an official file tells."""
+    path = Path(path)
+    if path.is_dir():
+        run = path.parent if path.name.startswith("step-") else path
+        return load_config(run / "config.yaml")
+    found = convert.infer_config(convert.load_official(path)[0])
+    name = found.pop("preset")
+    if name is None or found["input_size"] is None:
+        raise ConfigError(f"{path} is no published size of DiT, so its heads and height are unknown: {found}")
+    return RunConfig(model=ModelConfig(**found | {"input_size": (found["input_size"],) * 2}))
+
+
+def load_network(path: str | Path, config: RunConfig, device: torch.device, precision: str | None = None) -> Network:
+    """The weights at `path` as a network: the EMA that `config.sample.ema` names, in the run's precision or another.
+
+    An official file (.pt, .safetensors) gives its ema where it has one, else its only weights.
+    Raises CheckpointError, ConvertError or ConfigError.
+    """
+    policy = PRECISIONS[checked_precision(precision or config.train.precision)]
+    weights = _run_weights(Path(path), config) if Path(path).is_dir() else convert.load_official(path)[0]
+    model = build_model(config.model)
+    own = model.state_dict()
+    # A run's checkpoint holds trainable tensors only; the frozen position table is the model's own.
+    state, notes = convert.fit_state_dict({"pos_embed": own["pos_embed"]} | weights, own)
+    for note in notes:
+        log.info("%s: %s", path, note)
+    model.load_state_dict(state)
+    return Network(policy.apply(model.to(device)).eval().requires_grad_(False), policy, device)
+
+
+def _run_weights(path: Path, config: RunConfig) -> dict[str, Tensor]:
+    loaded = checkpoint.load(path)
+    rate = config.sample.ema
+    if rate is None:
+        rate = next(iter(config.optim.ema_rates), 0)
+    group = ema_group(rate) if rate else "model"
+    if group not in loaded.tensors:
+        kept = ", ".join(map(str, config.optim.ema_rates)) or "none"
+        raise ConfigError(f"ema {rate}: {loaded.path} keeps EMAs of rates {kept}, and 0 for the raw weights")
+    log.info("%s weights of step %d from %s", group, loaded.step, loaded.path)
+    return loaded.tensors[group]
+
+
+class SampleNoise:
+    """Noise that depends on (seed, sample index) alone, so that a sample starts alike in any batch, on any device."""
+
+    def __init__(self, seed: int, indices: range, shape: tuple[int, ...], device: torch.device):
+        self.generators = [generator_for(seed, "sample", index) for index in indices]
+        self.shape, self.device = shape, device
+
+    def __call__(self, like: Tensor | None = None) -> Tensor:
+        noise = torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])
+        if self.device.type == "cuda":
+            noise = noise.pin_memory()  # a copy from pageable memory would wait for the GPU
+        return noise.to(self.device, non_blocking=True)
+
+
+def draw(
+    network: Network,
+    config: RunConfig,
+    labels: Tensor,
+    *,
+    seed: int = 0,
+    unconditional: Network | None = None,
+    on_batch: Callable[[int], Any] = lambda done: None,
+) -> Tensor:
+    """Samples (N, C, H, W) float32 on the CPU for labels (N,), by the sampler of `config.sample`.
+
+    `unconditional` switches to two-network guidance, of weight guidance_scale - 1. `on_batch` is told the number done.
+    """
+    options, model = config.sample, network.model
+    check_labels(labels, network.num_classes)
+    diffusion, guided = prepare(network, config, unconditional)
+    shape = (model.in_channels, *model.x_embedder.img_size)
+    drawn = []
+    for start in range(0, len(labels), options.batch_size):
+        y = labels[start : start + options.batch_size].to(network.device)
+        noise = SampleNoise(seed, range(start, start + len(y)), shape, network.device)
+        arguments: dict[str, Any] = {
+            "clip_denoised": options.clip_denoised,
+            "model_kwargs": {"y": y},
+            "noise_fn": noise,
+        }
+        loop = diffusion.p_sample_loop
+        if options.sampler == "ddim":
+            loop = diffusion.ddim_sample_loop
+            arguments["eta"] = options.eta
+            if options.eta == 0:
+                arguments["noise_fn"] = torch.zeros_like
+        drawn.append(loop(guided, (len(y), *shape), noise(), **arguments).float().cpu())
+        on_batch(start + len(y))
+    return torch.cat(drawn)
+
+
+def prepare(
+    network: Network, config: RunConfig, unconditional: Network | None = None
+) -> tuple[SpacedDiffusion, Callable[..., Tensor]]:
+    """The respaced process and the guided network that `config.sample` asks for.
+
+    Raises ValueError (ConfigError among them) for a number of steps or a guidance that cannot be.
+    """
+    options = config.sample
+    respacing = f"ddim{options.steps}" if options.sampler == "ddim" else str(options.steps)
+    diffusion = build_diffusion(config.diffusion, network.model.learn_sigma, respacing)
+    interval = None
+    if options.guidance_interval is not None:
+        low, high = options.guidance_interval
+        interval = (low * diffusion.original_num_steps, high * diffusion.original_num_steps)
+    if unconditional is not None:
+        null = _null_class(unconditional)
+        return diffusion, TwoNetworkGuidance(network, unconditional, options.guidance_scale - 1, null, interval)
+    if options.guidance_scale == 1:
+        return diffusion, network
+    if network.model.y_embedder.dropout_prob == 0:
+        raise ConfigError(
+            f"sample.guidance_scale {options.guidance_scale} needs a null class, but this model was trained without "
+            "label dropout; use sample.guidance_scale=1, or a second, unconditional network"
+        )
+    channels = options.guidance_channels
+    if channels is not None:
+        channels = min(channels, network.model.in_channels)
+    guided = ClassifierFreeGuidance(network, options.guidance_scale, network.num_classes, channels, interval)
+    return diffusion, guided
+
+
+def _null_class(network: Network) -> int:
+    """The label by which a network is unconditional: its null class, or the only one it knows."""
+    if network.model.y_embedder.dropout_prob > 0:
+        return network.num_classes
+    if network.num_classes == 1:
+        return 0
+    raise ConfigError(
+        f"the unconditional network has {network.num_classes} classes and no null class; it must have been trained "
+        "with label dropout, or on one class"
+    )
+
+
+def cycle_labels(count: int, classes: list[int] | None, num_classes: int) -> Tensor:
+    """(count,) int64 labels going round the given classes, or round all."""
+    chosen = torch.tensor(classes if classes else range(num_classes))
+    return chosen[torch.arange(count) % len(chosen)]
+
+
+def write(directory: Path, samples: Tensor, labels: Tensor, columns: int = 20) -> list[Path]:
+    """Writes grid.png and samples.npz (`arr_0` uint8 N H W C, `labels`); latents as latents.npy and a preview grid.
+
+    Samples of 1 or 3 channels are images in [-1, 1]. Others are latents, whose decoding is not ditfast's: the grid then
+    shows their first three channels, scaled to their range.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    images = pictures(samples)
+    if samples.shape[1] in (1, 3):
+        data = directory / "samples.npz"
+        save_npz(data, images, labels)
+    else:
+        data = directory / "latents.npy"
+        np.save(data, samples.numpy())
+        np.save(directory / "labels.npy", labels.numpy())
+    save_grid(directory / "grid.png", images, columns, scale=_enlarged(samples))
+    return [directory / "grid.png", data]
+
+
+def pictures(samples: Tensor) -> Tensor:
+    """What to show of samples (N, C, H, W): uint8 (N, H, W, 1 or 3), of latents their first channels in their range."""
+    channels = samples.shape[1]
+    if channels in (1, 3):
+        return to_uint8(samples)
+    shown = samples[:, : 3 if channels > 3 else 1]
+    return to_uint8(shown / shown.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6))
+
+
+def _enlarged(samples: Tensor) -> int:
+    """How often to repeat a pixel, so that small images can be seen."""
+    return max(1, 32 // samples.shape[-1])
+
+
+def preview(model: DiT, config: RunConfig, device: torch.device, path: Path) -> None:
+    """A small grid during training: up to 10 classes across, 4 rows, without touching the training's randomness."""
+    classes = min(config.model.num_classes or 1, 10)
+    labels = cycle_labels(4 * classes, list(range(classes)), classes)
+    model.eval()
+    try:
+        with torch.no_grad():
+            samples = draw(Network(model, config.precision, device), config, labels, seed=config.seed)
+    finally:
+        model.train()
+    save_grid(path, pictures(samples), classes, scale=_enlarged(samples))

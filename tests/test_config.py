@@ -1,0 +1,125 @@
+"""Options, presets, files and precision policies."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ditfast.build import build_model
+from ditfast.config import (
+    PRECISIONS,
+    PRESETS,
+    ConfigError,
+    RunConfig,
+    SampleConfig,
+    keys,
+    load_config,
+    parse_config,
+    parse_sample,
+    save_config,
+)
+from ditfast.layers import DiT_models
+
+
+def test_command_line_wins_over_file_and_file_over_preset(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("optim:\n  lr: 0.5\n  beta1: 0.8\n")
+    config = parse_config(["--config", str(file), "--optim.lr", "0.25", "--model.input_size", "[4,8]"], "digits")
+    assert (config.optim.lr, config.optim.beta1, config.model.hidden_size) == (0.25, 0.8, 128)
+    assert config.model.input_size == (4, 8)
+
+
+def test_saved_config_reads_back_equal(tmp_path):
+    config = parse_config(["--sample.guidance_interval", "[0.1,0.9]", "--optim.ema_rates", "[0.9,0.99]"], "DiT-B/4@512")
+    save_config(config, tmp_path / "run" / "config.yaml")
+    assert load_config(tmp_path / "run" / "config.yaml") == config
+
+
+def test_print_config_lists_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_config(["--print_config"], "digits")
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(f"{key.rpartition('.')[2]}:" in printed for key in keys())
+
+
+@pytest.mark.parametrize("name", [n for n in PRESETS if n != "digits"])
+def test_published_presets_build_their_models(name):
+    config = parse_config([], name)
+    size, _, pixels = name.partition("@")
+    with torch.device("meta"):
+        model, expected = build_model(config.model), DiT_models[size](input_size=int(pixels or 256) // 8)
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in expected.state_dict().items()}
+    assert model.num_heads == expected.num_heads
+
+
+def test_every_preset_key_exists():
+    known = set(keys())
+    assert all(set(overrides) <= known for overrides in PRESETS.values())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--optim.lrr", "1"], "unknown option 'optim.lrr'. Did you mean 'optim.lr'?"),
+        (["--lr", "1"], "unknown option 'lr'. Did you mean 'optim.lr'?"),
+        (["--train.precision", "bf61"], "precision must be one of .* got 'bf61'. Did you mean 'bf16'?"),
+        (["--optim.lr", "fast"], "optim.lr.*float.*fast"),
+        (["--model.block", "adaln-zero"], "model.block.*adaln_zero.*adaln-zero"),
+        (["--train.steps", "0"], "train.steps must be positive, got 0"),
+        (["--optim.ema_rates", "[1.5]"], r"optim.ema_rates must lie in \(0, 1\), got 1.5"),
+        (["--optim.warmup_steps", "9999"], "optim.warmup_steps 9999 exceeds train.steps 1000"),
+    ],
+)
+def test_bad_options(arguments, message):
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        parse_config(arguments, "digits")
+
+
+def test_bad_key_in_a_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("train:\n  batchsize: 3\n")
+    with pytest.raises(ConfigError, match="unknown option 'train.batchsize'. Did you mean 'train.batch_size'?"):
+        parse_config(["--config", str(file)])
+
+
+def test_missing_file():
+    with pytest.raises(ConfigError, match="nowhere.yaml"):
+        load_config("nowhere.yaml")
+
+
+def test_unknown_preset():
+    with pytest.raises(ConfigError, match=r"unknown preset 'DiT-XL/3'. Did you mean 'DiT-XL/\d'"):
+        parse_config([], "DiT-XL/3")
+
+
+def test_sample_options_start_from_the_runs():
+    run = SampleConfig(steps=7, guidance_scale=3.0)
+    assert parse_sample(["--steps", "9"], run) == dataclasses.replace(run, steps=9)
+    with pytest.raises(ConfigError, match="Did you mean 'guidance_scale'"):
+        parse_sample(["--guidance_scal", "2"], run)
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_precision_policies(name, tiny):
+    from ditfast.layers import DiT
+
+    policy = PRECISIONS[name]
+    low = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name.removesuffix("-fast")]
+    fast = name.endswith("-fast")
+    model = policy.apply(DiT(**tiny))
+    assert next(model.parameters()).dtype is (low if fast else torch.float32)
+    assert model.stream_dtype is policy.stream is (low if fast else torch.float32)
+    assert policy.scales_loss == (low is torch.float16)
+    assert (policy.optimizer, policy.ema) == (torch.float32, torch.float32)
+    with policy.autocast("cpu"):
+        assert torch.is_autocast_enabled("cpu") == (name in ("bf16", "fp16"))
+        product = torch.nn.functional.linear(*(torch.ones(2, 2, dtype=policy.params) for _ in range(2)))
+    assert product.dtype is low
+
+
+def test_defaults_are_the_published_recipe():
+    config = RunConfig()
+    optim = config.optim
+    assert (optim.lr, optim.beta1, optim.beta2, optim.weight_decay, optim.warmup_steps) == (1e-4, 0.9, 0.999, 0.0, 0)
+    assert (optim.ema_rates, optim.clip_norm, config.train.batch_size) == ([0.9999], 0.0, 256)

@@ -1,0 +1,162 @@
+"""N steps, and k steps + a crash + resume + N - k steps, end in the same bits: weights, EMAs, optimizer, data, log."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ditfast import checkpoint
+from ditfast.config import save_config
+from ditfast.train import Trainer, train
+
+STEPS = 8
+
+
+class Crash(BaseException):
+    """Stands for a kill: nothing in the run may handle it."""
+
+
+def crash_at(monkeypatch, step):
+    """Makes a run die in the middle of its 0-based `step`, gradients computed and not yet applied."""
+    original = Trainer._update
+
+    def update(self):
+        if self.step_done == step:
+            raise Crash
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "_update", update)
+
+
+def crash_and_resume(monkeypatch, config, step):
+    with monkeypatch.context() as patched:
+        crash_at(patched, step)
+        with pytest.raises(Crash):
+            train(config)
+    train(config)
+
+
+def contents(directory):
+    """Hashes of a run's last tensors by group, its scaler state, and its step."""
+    loaded = checkpoint.load(directory)
+    files = checkpoint.verify(loaded.path)["files"]
+    hashes = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
+    return hashes, loaded.state["scaler"], loaded.step
+
+
+def records(directory, timed=("images_per_s", "step_ms", "data_wait", "peak_bytes")):
+    lines = (Path(directory) / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+VARIANTS = {
+    "fp32": {},
+    "workers": {"data.workers": 2},
+    "bf16-fast": {"train.precision": "bf16-fast"},
+    "fp16": {"train.precision": "fp16"},
+    "importance": {"diffusion.timestep_sampler": "loss-second-moment", "diffusion.diffusion_steps": 4},
+    "accumulate-clip-warmup": {
+        "train.accumulate": 2, "optim.clip_norm": 0.5, "optim.schedule": "cosine", "optim.warmup_steps": 7,
+        "optim.ema_warmup": True, "optim.weight_decay": 0.1,
+    },
+    "bf16": {"train.precision": "bf16"},
+    "fp16-fast": {"train.precision": "fp16-fast"},
+    "deterministic": {"deterministic": True},
+    "recompute": {"train.recompute": "block"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_a_resumed_run_ends_in_the_same_bits(variant, tiny_run, monkeypatch):
+    common = {"train.steps": STEPS, "optim.ema_rates": [0.9, 0.99]} | variant
+    whole, broken = tiny_run("whole", common), tiny_run("broken", common)
+    train(whole)
+    crash_and_resume(monkeypatch, broken, step=5)  # back to the checkpoint of step 3
+    assert contents(broken.out) == contents(whole.out)
+    assert records(broken.out) == records(whole.out)
+    assert [r["step"] for r in records(whole.out)] == [2, 4, 6, 8]
+
+
+def test_what_is_compared_is_all_there(tiny_run):
+    config = tiny_run(overrides={"train.steps": 3, "optim.ema_rates": [0.9, 0.99], "train.precision": "fp16"})
+    train(config)
+    loaded = checkpoint.load(config.out)
+    assert set(loaded.tensors) >= {"model", "ema-0.9", "ema-0.99", "optimizer", "rng", "losses"}
+    names = set(loaded.tensors["model"])
+    assert set(loaded.tensors["optimizer"]) == {f"{n}:{k}" for n in names for k in ("exp_avg", "exp_avg_sq", "step")}
+    assert "pos_embed" not in names and loaded.state["scaler"]["scale"] == 65536.0
+    first = "x_embedder.proj.weight"
+    assert not torch.equal(loaded.tensors["ema-0.9"][first], loaded.tensors["model"][first])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_sample_is_repeated_or_skipped(workers, tiny_run, monkeypatch):
+    seen: dict[int, list] = {}
+    original = Trainer._backward
+
+    def spy(self, x, y, t, weights, noise, drop):
+        seen.setdefault(self.step_done, []).append(torch.cat([v.flatten().double() for v in (x, y, t, noise, drop)]))
+        return original(self, x, y, t, weights, noise, drop)
+
+    monkeypatch.setattr(Trainer, "_backward", spy)
+    crash_and_resume(monkeypatch, tiny_run(overrides={"train.steps": 6, "data.workers": workers}), step=4)
+    assert sorted(seen) == list(range(6))
+    assert [len(seen[step]) for step in range(6)] == [1, 1, 1, 2, 2, 1]
+    for step in (3, 4):
+        assert torch.equal(*seen[step])
+    distinct = {tuple(parts[0].tolist()) for parts in seen.values()}
+    assert len(distinct) == 6
+
+
+@pytest.mark.parametrize("trial", [0, *(pytest.param(i, marks=pytest.mark.full) for i in range(1, 9))])
+def test_sigkill_at_a_random_moment(trial, tiny_run, tmp_path):
+    overrides = {"train.steps": 40, "train.save_every": 2, "train.keep": 2, "data.workers": 2 * (trial % 2)}
+    whole, killed = tiny_run("whole", overrides), tiny_run("killed", overrides)
+    train(whole)
+    save_config(killed, tmp_path / "killed.yaml")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ditfast.cli", "train", "--config", str(tmp_path / "killed.yaml")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while checkpoint.latest(killed.out) is None and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(random.Random(time.time_ns()).uniform(0, 0.4))
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert checkpoint.load(killed.out).step < 40, "killed too late to tell"
+    train(killed)
+    assert contents(killed.out) == contents(whole.out)
+    assert [r["step"] for r in records(killed.out)] == list(range(2, 41, 2))
+
+
+def test_resuming_with_more_steps_goes_on(tiny_run):
+    train(tiny_run(overrides={"train.steps": 3}))
+    train(tiny_run(overrides={"train.steps": 5}))
+    assert checkpoint.load(tiny_run().out).step == 5
+
+
+def test_a_finished_run_is_left_alone(tiny_run, caplog):
+    config = tiny_run(overrides={"train.steps": 3})
+    train(config)
+    before = contents(config.out)
+    with caplog.at_level("INFO", "ditfast"):
+        train(config)
+    assert contents(config.out) == before and "nothing to do: step 3 of 3" in caplog.text
+
+
+@pytest.mark.parametrize("first, second", [("fp32", "fp16"), ("fp16", "bf16-fast")])
+def test_resuming_in_another_precision(first, second, tiny_run):
+    train(tiny_run(overrides={"train.steps": 3, "train.precision": first}))
+    train(tiny_run(overrides={"train.steps": 5, "train.precision": second}))
+    assert checkpoint.load(tiny_run().out).step == 5
