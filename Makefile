@@ -6,6 +6,9 @@ TORCH ?= torch==2.13.0
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
+# Threads that wait must not spin: beside any other busy process, two spinning threads on two cores run ten times slower.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test test-full lint format clean
 
 demo: $(STAMP)

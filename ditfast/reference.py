@@ -14,7 +14,7 @@ SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 
 
 
 def sincos_pos_embed(hidden_size: int, height: int, width: int) -> Tensor:
-    """(1, height * width, hidden_size) float64; the first half of the channels encodes the column, the second the row."""
+    """(1, height * width, hidden_size) float64; the first half of the channels encodes the column, the rest the row."""
     omega = 10000.0 ** (-torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     halves = []
@@ -112,7 +112,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """x (B, C, H, W), t (B,) integer timesteps, y (B,) labels -> (B, 2C or C, H, W). Arguments are the official ones."""
+    """x (B, C, H, W), t (B,) integer timesteps, y (B,) labels -> (B, 2C or C, H, W). The arguments are official."""
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True):  # fmt: skip

@@ -69,9 +69,9 @@ class Loader:
             num_workers=workers,
             pin_memory=pin_memory and torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(0),
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=_ignore_signals,
         )
-        self._batches: Iterator[tuple[Tensor, Tensor]] | None = iter(loader)
+        self._batches: Iterator[tuple[Tensor, Tensor] | DataError] | None = iter(loader)
 
     def __iter__(self) -> "Loader":
         return self
@@ -79,9 +79,11 @@ class Loader:
     def __next__(self) -> tuple[Tensor, Tensor]:
         if self._batches is None:
             raise RuntimeError("this loader is closed")
-        x, y = next(self._batches)
+        batch = next(self._batches)
+        if isinstance(batch, DataError):
+            raise batch
         self.step += 1
-        return x, y
+        return batch
 
     def close(self) -> None:
         """Stop the workers. May be called more than once."""
@@ -117,7 +119,14 @@ class _Batches:
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, keys: Keys) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, keys: Keys) -> tuple[Tensor, Tensor] | DataError:
+        """A batch, or what is wrong with it: raised in a worker it would reach the user with a traceback as message."""
+        try:
+            return self._batch(keys)
+        except DataError as error:
+            return error
+
+    def _batch(self, keys: Keys) -> tuple[Tensor, Tensor]:
         samples = [self._sample(index, mirror) for index, mirror in keys]
         x, y = torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples])
         if not x.isfinite().all():
@@ -139,6 +148,7 @@ class _Batches:
         return (image.flip(-1) if mirror else image), label
 
 
-def _ignore_interrupt(_: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the main one decides when its workers stop."""
+def _ignore_signals(_: int) -> None:
+    """Ctrl-C, torchrun and batch systems signal every process of a run; the main one decides when its workers stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

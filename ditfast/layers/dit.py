@@ -47,7 +47,7 @@ class DiT(nn.Module):
         block: "adaln_zero" (the DiT of the paper's results), "adaln", "cross_attention" or "in_context".
 
     Attributes that a trainer may set:
-        stream_dtype: dtype of the residual stream; None keeps what the embedding gives (fp32 under autocast, officially).
+        stream_dtype: of the residual stream; None keeps what the embedding gives (fp32 under autocast, officially).
         recompute: "none", or "block" to recompute every block's inside in backward.
 
     Raises ValueError for sizes that do not divide, unknown blocks, inputs of another shape and labels out of range.
@@ -109,7 +109,7 @@ class DiT(nn.Module):
             x: (B, C, H, W) noisy input, floating point.
             t: (B,) original timesteps, 0..T - 1.
             y: (B,) int64 labels, 0..num_classes.
-            force_drop_ids: (B,) optional; 1 or True replaces that label by the null class, in place of the random draw.
+            force_drop_ids: (B,) optional, in place of the random draw; 1 or True replaces that label by the null class.
 
         Returns: (B, 2C or C, H, W).
         """
@@ -126,7 +126,7 @@ class DiT(nn.Module):
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, channels: int | None = 3) -> Tensor:
         """Classifier-free guidance on a doubled batch: y holds n labels then n null labels, and only x[:n] is read.
 
-        `channels` are guided: 3 is the official form (its published FIDs use it), None guides all C prediction channels.
+        `channels` are guided: 3 is the official form (its published FIDs use it), None guides all C predicted ones.
         The others and the variance stay those of each half. Returns (2n, 2C or C, H, W).
         """
         half = x[: len(x) // 2]

@@ -190,9 +190,10 @@ def test_workers_stop_while_an_error_is_being_handled():
     assert multiprocessing.active_children() == []
 
 
-def test_workers_leave_ctrl_c_to_the_main_process():
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_workers_leave_stopping_to_the_main_process(signum):
     with Loader(Numbered(), 6, workers=2) as loader:
         next(loader)
         for worker in multiprocessing.active_children():
-            os.kill(worker.pid, signal.SIGINT)
+            os.kill(worker.pid, signum)
         assert_same([next(loader) for _ in range(8)], take(9, Numbered(), 6)[1:])

@@ -1,0 +1,172 @@
+"""The `ditfast` command; one thin function per sub-command."""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+USAGE = """usage: ditfast COMMAND [options]
+
+  train    train a DiT, or continue a run       ditfast train --preset digits --out runs/digits
+  sample   draw images from a run or a file     ditfast sample runs/digits --count 100
+  export   write a run in the official format   ditfast export runs/digits digits.pt
+  demo     train, sample and judge digits       ditfast demo
+  doctor   versions, devices, backends          ditfast doctor
+
+`ditfast COMMAND --help` lists the options; `ditfast train --print_config` all of a run's, with their values.
+"""
+
+
+def _preset(arguments: list[str], default: str) -> tuple[str | None, list[str]]:
+    """Takes --preset off a command line; without it, and without --config, the default."""
+    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    pre.add_argument("--preset")
+    found, rest = pre.parse_known_args(arguments)
+    configured = any(a == "--config" or a.startswith("--config=") for a in rest)
+    return found.preset or (None if configured else default), rest
+
+
+def _train(arguments: list[str]) -> int:
+    from ditfast.config import PRESETS, parse_config
+    from ditfast.logs import setup_logging
+    from ditfast.train import train
+
+    base, rest = _preset(arguments, "digits")
+    description = f"Train a DiT. --preset NAME sets the defaults: {', '.join(PRESETS)}. Without one: digits."
+    config = parse_config(rest, base, prog="ditfast train", description=description)
+    setup_logging()
+    train(config)
+    return 0
+
+
+def _demo(arguments: list[str]) -> int:
+    from ditfast.config import parse_config
+    from ditfast.demo import demo
+    from ditfast.logs import setup_logging
+
+    base, rest = _preset(["--out=runs/demo", *arguments], "digits")
+    config = parse_config(rest, base, prog="ditfast demo")
+    setup_logging()
+    passed = demo(config)
+    print((Path(config.out) / "report.md").read_text())
+    return 0 if passed else 1
+
+
+def _sample(arguments: list[str]) -> int:
+    from ditfast import sample as sampling
+    from ditfast.config import ConfigError, SampleConfig, keys, parse_sample
+    from ditfast.distributed import pick_device
+    from ditfast.logs import log, setup_logging
+
+    pre = argparse.ArgumentParser(prog="ditfast sample", description="Draw samples.", allow_abbrev=False)
+    pre.add_argument("weights", help="a run's directory, one of its step-... directories, or an official .pt file")
+    pre.add_argument("--count", type=int, default=64, help="how many samples")
+    pre.add_argument("--classes", type=_integers, help="comma-separated labels to go round; all by default")
+    pre.add_argument("--out", type=Path, default=Path("samples"), help="directory to write to")
+    pre.add_argument("--seed", type=int, default=0)
+    pre.add_argument("--device", default="auto")
+    pre.add_argument("--precision", help="fp32, bf16, ...; the run's own by default")
+    pre.add_argument("--unconditional", help="weights of a second network that guides the first (two-network guidance)")
+    pre.epilog = "Options of the sampler, by default the run's: " + ", ".join(f"--{key}" for key in keys(SampleConfig))
+    options, rest = pre.parse_known_args(arguments)
+    if options.count < 1:
+        raise ConfigError(f"--count must be positive, got {options.count}")
+    setup_logging()
+    device = pick_device(options.device)
+    config = sampling.config_of(options.weights)
+    config = dataclasses.replace(config, sample=parse_sample(rest, config.sample))
+    network = sampling.load_network(options.weights, config, device, options.precision)
+    uncond = None
+    if options.unconditional:
+        second = sampling.config_of(options.unconditional)
+        uncond = sampling.load_network(options.unconditional, second, device, options.precision)
+    labels = sampling.cycle_labels(options.count, options.classes, network.num_classes)
+    started = time.perf_counter()
+    samples = sampling.draw(
+        network, config, labels, seed=options.seed, unconditional=uncond,
+        on_batch=lambda n: log.info("%d of %d samples, %.1f s", n, options.count, time.perf_counter() - started),
+    )  # fmt: skip
+    for path in sampling.write(options.out, samples, labels):
+        print(path)
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    from ditfast import convert
+    from ditfast.distributed import pick_device
+    from ditfast.sample import config_of, load_network
+
+    options = argparse.ArgumentParser(
+        prog="ditfast export", description="Write a run's weights as the official code reads them."
+    )
+    options.add_argument("weights", help="a run's directory or one of its step-... directories")
+    options.add_argument("file", type=Path, help="the .pt file to write")
+    options.add_argument("--ema", type=float, help="EMA rate; the first by default, 0 for the raw weights")
+    given = options.parse_args(arguments)
+    config = config_of(given.weights)
+    config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, ema=given.ema))
+    network = load_network(given.weights, config, pick_device("cpu"), "fp32")
+    convert.export_official(given.file, network.model.state_dict())
+    print(given.file)
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    from ditfast.doctor import doctor
+
+    argparse.ArgumentParser(prog="ditfast doctor", description="Report versions, devices and backends.").parse_args(
+        arguments
+    )
+    return doctor()
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected comma-separated integers such as 207,360, got {text!r}") from None
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train, "sample": _sample, "export": _export, "demo": _demo, "doctor": _doctor,
+}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command line; 0 if it did its job, 1 if not, 2 for bad input, 130 after a clean stop by Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from ditfast import __version__
+
+        print(__version__)
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        from ditfast.config import nearest
+
+        print(f"ditfast: unknown command {name!r}{nearest(name, COMMANDS)}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    from ditfast.checkpoint import CheckpointError
+    from ditfast.stopping import Interrupted
+    from ditfast.train import TrainingError
+
+    try:
+        return COMMANDS[name](rest)
+    except Interrupted as stop:
+        print(f"ditfast: {stop}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("ditfast: interrupted; what was saved before is whole", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, CheckpointError, TrainingError) as error:
+        print(f"ditfast: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

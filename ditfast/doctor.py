@@ -1,0 +1,104 @@
+"""`ditfast doctor`: versions, devices, the backend that each op takes here, what is missing and how to get it."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import platform
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ditfast import __version__, kernels
+from ditfast.logs import datasheet_tflops
+
+
+@dataclass(frozen=True)
+class Package:
+    """An optional or required package: its import name, what it is for, how to get it."""
+
+    distribution: str
+    module: str
+    purpose: str
+    install: str
+
+
+PACKAGES = (
+    Package("triton", "triton", "GPU kernels, and their interpreter on CPUs", "pip install triton"),
+    Package("scikit-learn", "sklearn", "the digits and the demo's classifier", "pip install scikit-learn"),
+    Package("tensorboard", "tensorboard", "training curves", "pip install tensorboard"),
+    Package("matplotlib", "matplotlib", "the demo's loss curve", "pip install matplotlib"),
+    Package("diffusers", "diffusers", "VAE, pipelines", "pip install diffusers"),
+    Package("torchdiffeq", "torchdiffeq", "adaptive ODE samplers", "pip install torchdiffeq"),
+    Package(
+        "flash-attn", "flash_attn", "attention backend", "pip install flash-attn --no-build-isolation (needs CUDA)"
+    ),
+    Package("xformers", "xformers", "attention backend", "pip install xformers (needs CUDA)"),
+    Package("nvidia-ml-py", "pynvml", "clocks and power in benches", "pip install nvidia-ml-py"),
+)
+
+
+def package_state(package: Package) -> tuple[str, str]:
+    """(version or "missing", what to do about it or "")."""
+    if importlib.util.find_spec(package.module) is None:
+        return "missing", package.install
+    try:
+        return importlib.metadata.version(package.distribution), ""
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version", ""
+
+
+def devices() -> list[tuple[torch.device, str]]:
+    """Every device and a line about it."""
+    found = [(torch.device("cpu"), f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")]
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        peak = datasheet_tflops(p.name)
+        line = f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB, {p.multi_processor_count} SMs"
+        found.append((torch.device("cuda", i), line + (f", {peak} TFLOP/s bf16 by datasheet" if peak else "")))
+    return found
+
+
+def op_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend an op takes under backend="auto", or why it takes none."""
+    try:
+        return kernels.backend_of(name, device, dtype)
+    except kernels.BackendError as error:
+        return str(error)
+
+
+def doctor() -> int:
+    """Prints the report; 0 if every op can run on every device, 1 otherwise."""
+    console = Console()
+    cuda = torch.version.cuda or "none"
+    console.print(
+        f"ditfast {__version__}, Python {platform.python_version()}, PyTorch {torch.__version__}, CUDA {cuda}"
+    )
+
+    table = Table("package", "version", "for", "to get it", title="Packages", title_justify="left")
+    for package in PACKAGES:
+        version, remedy = package_state(package)
+        table.add_row(package.distribution, version, package.purpose, remedy)
+    console.print(table)
+
+    present = devices()
+    table = Table("device", "", title="Devices", title_justify="left")
+    for device, line in present:
+        table.add_row(str(device), line)
+    console.print(table)
+    if not torch.cuda.is_available():
+        console.print(
+            "No CUDA device: ops run on their PyTorch reference; Triton kernels in its interpreter, for tests."
+        )
+
+    table = Table(
+        "op", *(str(device) for device, _ in present), title="Backend of each op (bf16)", title_justify="left"
+    )
+    able = True
+    for spec in kernels.OPS:
+        taken = [op_backend(spec.name, device, torch.bfloat16) for device, _ in present]
+        able &= all(backend in spec.op.backends for backend in taken)
+        table.add_row(spec.name, *taken)
+    console.print(table)
+    return 0 if able else 1

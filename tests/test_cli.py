@@ -1,0 +1,91 @@
+"""The command line: what each sub-command prints, writes and returns, and how it refuses."""
+
+import numpy as np
+import pytest
+import torch
+
+from ditfast import __version__, cli, convert
+from ditfast.layers import DiT
+
+SMALL = [
+    "--model.hidden_size=32", "--model.depth=1", "--model.num_heads=2", "--train.steps=2", "--train.batch_size=16",
+    "--train.log_every=1", "--train.tensorboard=false", "--optim.warmup_steps=0", "--train.sample_every=0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert cli.main(["train", f"--out={out}", *SMALL]) == 0
+    return out
+
+
+def test_usage_without_a_command(capsys):
+    assert cli.main([]) == 2
+    assert cli.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n  {name} " in printed for name in cli.COMMANDS)
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_unknown_command_names_the_nearest(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "unknown command 'trian'. Did you mean 'train'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    assert f"ditfast {name}" in capsys.readouterr().out
+
+
+def test_train_writes_a_run(run):
+    assert {"config.yaml", "log.jsonl", "step-00000002"} <= {p.name for p in run.iterdir()}
+
+
+def test_sample(run, tmp_path, capsys):
+    options = ["--count=5", "--classes=3,4", f"--out={tmp_path}", "--steps=4", "--seed=1"]
+    assert cli.main(["sample", str(run), *options]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "grid.png"), str(tmp_path / "samples.npz")]
+    written = np.load(tmp_path / "samples.npz")
+    assert written["arr_0"].shape == (5, 8, 8, 1) and written["arr_0"].dtype == np.uint8
+    assert written["labels"].tolist() == [3, 4, 3, 4, 3]
+
+
+def test_export_reads_back_in_the_official_format(run, tmp_path, capsys):
+    file = tmp_path / "official.pt"
+    assert cli.main(["export", str(run), str(file)]) == 0
+    state = torch.load(file, weights_only=True)
+    arguments = convert.infer_config(state)
+    assert (arguments["hidden_size"], arguments["depth"], arguments["num_classes"]) == (32, 1, 10)
+    DiT(8, 2, 1, 32, 1, 2, num_classes=10).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "--optim.lrr=1"], "unknown option 'optim.lrr'. Did you mean 'optim.lr'?"),
+        (["train", "--preset=digit"], "unknown preset 'digit'. Did you mean 'digits'?"),
+        (["sample", "nowhere"], "nowhere is missing"),
+        (["train", "--data.kind=folder"], "needs path"),
+        (["train", "--device=cuda"], "sees no CUDA device"),
+        (["sample", "nowhere", "--count=0"], "--count must be positive"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(arguments) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and errors[0].startswith("ditfast: error: ") and message in errors[0]
+
+
+def test_sample_refuses_labels_the_model_does_not_have(run, capsys):
+    assert cli.main(["sample", str(run), "--classes=3,10"]) == 2
+    assert "labels must be in 0..9" in capsys.readouterr().err

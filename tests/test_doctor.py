@@ -1,0 +1,37 @@
+"""The doctor reports what is here and what is not."""
+
+import torch
+
+from ditfast import doctor, kernels
+
+
+def test_report_names_every_op_with_its_backend(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert doctor.doctor() == 0
+    lines = capsys.readouterr().out.splitlines()
+    for spec in kernels.OPS:
+        row = next(line for line in lines if line.startswith(f"│ {spec.name} "))
+        for device, _ in doctor.devices():
+            assert kernels.backend_of(spec.name, device, torch.bfloat16) in row
+
+
+def test_a_missing_package_says_how_to_get_it():
+    package = doctor.Package("no-such-thing", "no_such_thing", "nothing", "pip install no-such-thing")
+    assert doctor.package_state(package) == ("missing", "pip install no-such-thing")
+
+
+def test_a_present_package_has_a_version():
+    assert doctor.package_state(next(p for p in doctor.PACKAGES if p.module == "sklearn"))[0][0].isdigit()
+
+
+def test_an_op_that_cannot_run_fails_the_report(monkeypatch, capsys):
+    def broken(*args):
+        raise kernels.BackendError("triton is not installed; pip install triton")
+
+    monkeypatch.setattr(kernels, "backend_of", broken)
+    assert doctor.doctor() == 1
+    assert "triton is not" in capsys.readouterr().out
+
+
+def test_every_device_is_listed():
+    assert [device.type for device, _ in doctor.devices()] == ["cpu"] + ["cuda"] * torch.cuda.device_count()
