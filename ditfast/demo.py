@@ -101,8 +101,9 @@ def loss_curve(records: Path, path: Path) -> None:
 
     rows = [json.loads(line) for line in records.read_text().splitlines()]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for key, label in (("loss", "loss"), ("mse", "noise prediction error")):
-        axes.plot([r["step"] for r in rows], [r[key] for r in rows], label=label)
+    for key, label in (("loss", "loss"), ("mse", "prediction error"), ("vb", "variational bound")):
+        if key in rows[0]:
+            axes.plot([r["step"] for r in rows], [r[key] for r in rows], label=label)
     axes.set(xlabel="step", ylabel="mean over the logged window", yscale="log", title="Training on digits")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

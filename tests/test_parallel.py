@@ -152,7 +152,8 @@ def test_an_error_of_one_process_ends_all(kind, message, tiny_run, tmp_path):
     process = launch(config, tmp_path / "two.yaml", [str(tmp_path / "failing.py")])
     errors = finish(process, timeout=90)
     assert process.returncode != 0
-    assert len(re.findall(message, errors)) == (2 if kind == "nan_gradient" else 1), errors
+    # Of an error on all, torchrun may end the other before it has said so.
+    assert 1 <= len(re.findall(message, errors)) <= (2 if kind == "nan_gradient" else 1), errors
     assert checkpoint.load(config.out).step == 3
     train(config)
     assert checkpoint.load(config.out).step == 8
