@@ -58,6 +58,6 @@ def predictor(model: Callable[..., Tensor], precision: Precision, device: torch.
 
     def predict(x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
         with precision.autocast(device):
-            return model(x.to(precision.params), t, **kwargs).float()
+            return model(x, t, **kwargs).float()
 
     return predict

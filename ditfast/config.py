@@ -294,6 +294,19 @@ def _parse(made: jsonargparse.ArgumentParser, arguments: list[str], cls: Any) ->
     return cls(**{f.name: parsed[f.name] for f in dataclasses.fields(cls)})
 
 
+def differences(theirs: dict[str, Any], ours: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """(theirs, ours) of every option that differs, by dotted key; `theirs` is a RunConfig as JSON holds it."""
+
+    def value(tree: Any, key: str) -> Any:
+        for part in key.split("."):
+            tree = tree.get(part) if isinstance(tree, dict) else None
+        return tree
+
+    mine = json.loads(json.dumps(dataclasses.asdict(ours)))
+    pairs = {key: (value(theirs, key), value(mine, key)) for key in keys()}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def load_config(path: str | Path) -> RunConfig:
     """The configuration in a YAML file, as `save_config` writes it."""
     if not Path(path).is_file():

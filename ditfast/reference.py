@@ -126,16 +126,13 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_pos_embed(hidden_size, grid, grid).float(), requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
-        self.apply(self._init)
-        self._init_embedders_and_zeros()
+        self.initialize_weights()
 
-    @staticmethod
-    def _init(module):
-        if isinstance(module, nn.Linear | nn.Conv2d):
+    def initialize_weights(self):
+        linears = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        for module in [*linears, self.x_embedder.proj]:
             nn.init.xavier_uniform_(module.weight.flatten(1))
             nn.init.zeros_(module.bias)
-
-    def _init_embedders_and_zeros(self):
         for weight in (self.y_embedder.embedding_table.weight, *(self.t_embedder.mlp[i].weight for i in (0, 2))):
             nn.init.normal_(weight, std=0.02)
         for layer in [b.adaLN_modulation[1] for b in self.blocks] + [self.final_layer.adaLN_modulation[1]]:
@@ -155,6 +152,7 @@ class DiT(nn.Module):
         """Guidance on the first `channels` channels; y holds n labels, then n null labels; only x[:n] is read."""
         half = x[: len(x) // 2]
         out = self.forward(torch.cat([half, half]), t, y)
+        channels = min(channels, self.in_channels)
         cond, uncond = out[:, :channels].chunk(2)
         guided = uncond + cfg_scale * (cond - uncond)
         return torch.cat([torch.cat([guided, guided]), out[:, channels:]], dim=1)

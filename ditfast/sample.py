@@ -164,10 +164,9 @@ def prepare(
             f"sample.guidance_scale {options.guidance_scale} needs a null class, but this model was trained without "
             "label dropout; use sample.guidance_scale=1, or a second, unconditional network"
         )
-    channels = options.guidance_channels
-    if channels is not None:
-        channels = min(channels, network.model.in_channels)
-    guided = ClassifierFreeGuidance(network, options.guidance_scale, network.num_classes, channels, interval)
+    guided = ClassifierFreeGuidance(
+        network, options.guidance_scale, network.num_classes, options.guidance_channels, interval
+    )
     return diffusion, guided
 
 

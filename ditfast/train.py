@@ -1,12 +1,12 @@
 """The training loop: one class whose `step` is the algorithm and whose `run` is the life of a run around it."""
 
 import dataclasses
-import json
+import fcntl
 import math
-import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ditfast import checkpoint, convert, kernels
 from ditfast.build import build_data, build_diffusion, build_model, predictor, resolve_model
-from ditfast.config import ConfigError, RunConfig, save_config
+from ditfast.config import ConfigError, RunConfig, differences, save_config
 from ditfast.data import Loader
 from ditfast.diffusion import create_named_schedule_sampler
 from ditfast.distributed import World
@@ -31,6 +31,8 @@ from ditfast.reproducibility import (
 from ditfast.sample import Network, prepare, preview
 from ditfast.stopping import Interrupted, stop_requests
 
+# The options that decide a run's numbers; resuming under others is another run.
+NUMBERS = ("seed", "model.", "diffusion.", "data.kind", "data.flip", "optim.", "train.batch_size", "train.precision")
 SMALLEST_SCALE = 2.0**-14  # a loss scale below it means that the forward itself overflows
 
 
@@ -83,8 +85,7 @@ class Trainer:
                 f"train.batch_size {config.train.batch_size} must be a multiple of {share} = "
                 "processes x train.accumulate"
             )
-        if world.is_main:
-            _make_writable(self.out)
+        self.claim = _claim(self.out) if world.is_main else None
         seed_everything(config.seed)
         self.dataset = build_data(config)
         self.config = dataclasses.replace(config, model=resolve_model(config.model, self.dataset))
@@ -254,12 +255,17 @@ class Trainer:
         if checkpoint.latest(self.out) is None:
             return
         loaded = checkpoint.load(self.out, self.device)
-        theirs, ours = loaded.state["config"]["model"], json.loads(json.dumps(dataclasses.asdict(self.config.model)))
-        differing = [f"model.{k}: {theirs.get(k)} there, {v} here" for k, v in ours.items() if theirs.get(k) != v]
-        if differing:
+        changed = {
+            key: f"{key}: {theirs} there, {ours} here"
+            for key, (theirs, ours) in differences(loaded.state["config"], self.config).items()
+            if key.startswith(NUMBERS)
+        }
+        if models := [text for key, text in changed.items() if key.startswith("model.")]:
             raise ConfigError(
-                f"{loaded.path} belongs to another model ({'; '.join(differing)}); give the same model, or another out="
+                f"{loaded.path} belongs to another model ({'; '.join(models)}); give the same model, or another out="
             )
+        if changed:
+            log.warning("%s was trained with other options (%s)", loaded.path, "; ".join(changed.values()))
         self.optimizer.load_state_tensors(loaded.tensors)
         if self.scaler.is_enabled() and loaded.state["scaler"]:
             self.scaler.load_state_dict(loaded.state["scaler"])
@@ -300,12 +306,21 @@ class Trainer:
     def close(self) -> None:
         self.loader.close()
         self.recorder.close()
+        if self.claim is not None:
+            self.claim.close()
 
 
-def _make_writable(out: Path) -> None:
+def _claim(out: Path) -> TextIO:
+    """Makes a run's directory and locks it against other processes for as long as the returned file is open."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError("permission denied")
+        claim = (out / "lock").open("a+")
     except OSError as error:
         raise ConfigError(f"cannot write to out={out}: {error}; choose another directory") from error
+    try:
+        # A record lock: it dies with this process, and the loader's workers do not inherit it.
+        fcntl.lockf(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        claim.close()
+        raise ConfigError(f"another process is training in out={out}; stop it, or choose another directory") from None
+    return claim

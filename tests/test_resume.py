@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ditfast import checkpoint
-from ditfast.config import save_config
+from ditfast.config import ConfigError, save_config
 from ditfast.train import Trainer, train
 
 STEPS = 8
@@ -127,10 +127,12 @@ def test_sigkill_at_a_random_moment(trial, tiny_run, tmp_path):
         stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 120
-        while checkpoint.latest(killed.out) is None and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(random.Random(time.time_ns()).uniform(0, 0.4))
+        deadline, reached = time.monotonic() + 120, random.Random(time.time_ns()).randrange(2, 20)
+        while process.poll() is None and time.monotonic() < deadline:
+            newest = checkpoint.latest(killed.out)
+            if newest is not None and int(newest.name.removeprefix("step-")) >= reached:
+                break
+            time.sleep(0.002)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -160,3 +162,32 @@ def test_resuming_in_another_precision(first, second, tiny_run):
     train(tiny_run(overrides={"train.steps": 3, "train.precision": first}))
     train(tiny_run(overrides={"train.steps": 5, "train.precision": second}))
     assert checkpoint.load(tiny_run().out).step == 5
+
+
+def test_other_options_are_said(tiny_run, caplog):
+    train(tiny_run(overrides={"train.steps": 3}))
+    with caplog.at_level("WARNING", "ditfast"):
+        train(tiny_run(overrides={"train.steps": 4, "train.log_every": 1}))
+        assert caplog.text == ""
+        train(tiny_run(overrides={"train.steps": 5, "optim.lr": 0.5, "train.batch_size": 8}))
+    assert "optim.lr: 0.003 there, 0.5 here" in caplog.text
+    assert "train.batch_size: 16 there, 8 here" in caplog.text
+
+
+def test_one_process_at_a_time(tiny_run, tmp_path):
+    config = tiny_run(overrides={"train.steps": 3})
+    claim = (
+        "import fcntl, sys\n"
+        "held = open(sys.argv[1], 'a+'); fcntl.lockf(held, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    )
+    Path(config.out).mkdir()
+    other = subprocess.Popen(
+        [sys.executable, "-c", claim, f"{config.out}/lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="another process is training in out="):
+            train(config)
+    finally:
+        other.communicate()
+    train(config)

@@ -121,11 +121,11 @@ class TestGuidance:
         net = network()
         assert self.guided(net, guidance_scale=1.0) is net
 
-    @pytest.mark.parametrize("asked, taken", [(3, 3), (None, None), (9, 4)])
-    def test_channels(self, asked, taken):
+    @pytest.mark.parametrize("asked", [3, None])
+    def test_channels(self, asked):
         guided = self.guided(network(), guidance_channels=asked)
         assert isinstance(guided, ClassifierFreeGuidance)
-        assert (guided.channels, guided.scale, guided.null_class, guided.interval) == (taken, 2.0, 5, None)
+        assert (guided.channels, guided.scale, guided.null_class, guided.interval) == (asked, 2.0, 5, None)
 
     def test_official_channels_matter(self):
         labels = cycle_labels(2, None, 5)

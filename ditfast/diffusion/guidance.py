@@ -58,9 +58,7 @@ class _Guidance(ABC):
     def _guided(self, x: Tensor, t: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
         if len(y) != len(x):
             raise ValueError(f"{len(x)} samples need {len(x)} labels, got {len(y)}: guidance doubles the batch itself")
-        channels = x.shape[1] if self.channels is None else self.channels
-        if channels > x.shape[1]:
-            raise ValueError(f"cannot guide {channels} channels of x with {x.shape[1]}")
+        channels = x.shape[1] if self.channels is None else min(self.channels, x.shape[1])
         cond, uncond = self._both(x, t, y, **kwargs)
         _check_output("conditional", cond, x)
         _check_output("unconditional", uncond, x)
@@ -102,13 +100,13 @@ class ClassifierFreeGuidance(_Guidance):
         scale: 1 is no guidance, 0 the unconditional model.
         null_class: the label that stands for no class (`num_classes` in a DiT).
         channels: how many of the C predicted channels are guided, the others staying conditional. 3 is what the
-            official sampler does, and what its published FIDs used; None guides all.
+            official sampler does, and what its published FIDs used; None guides all, and so does a number beyond C.
         interval: (lo, hi) in original timesteps, guided where lo <= t < hi (Kynkaanniemi et al. 2024); None is
             everywhere.
 
     Raises:
-        ValueError: a scale that is negative or not finite, an interval with lo >= hi, channels that x does not have,
-            labels of another number than samples, a model with other output channels.
+        ValueError: a scale that is negative or not finite, an interval with lo >= hi, channels below 1, labels of
+            another number than samples, a model with other output channels.
     """
 
     def __init__(

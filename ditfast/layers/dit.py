@@ -18,6 +18,7 @@ from ditfast.layers.block import (
     settle,
 )
 from ditfast.layers.embed import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_pos_embed
+from ditfast.layers.plain import is_plain
 
 BLOCK_VARIANTS: dict[str, Callable[..., nn.Module]] = {
     "adaln_zero": partial(DiTBlock, gated=True),
@@ -26,12 +27,6 @@ BLOCK_VARIANTS: dict[str, Callable[..., nn.Module]] = {
     "in_context": InContextBlock,
 }
 RECOMPUTE = ("none", "block")
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 class DiT(nn.Module):
@@ -50,7 +45,8 @@ class DiT(nn.Module):
         stream_dtype: of the residual stream; None keeps what the embedding gives (fp32 under autocast, officially).
         recompute: "none", or "block" to recompute every block's inside in backward.
 
-    Raises ValueError for sizes that do not divide, unknown blocks, inputs of another shape and labels out of range.
+    Raises ValueError for sizes that do not divide, unknown blocks, inputs of another shape, and labels out of range
+    (on a CPU; on a GPU that is the embedding's device assertion, so that nothing waits).
     """
 
     def __init__(
@@ -71,11 +67,17 @@ class DiT(nn.Module):
         super().__init__()
         if block not in BLOCK_VARIANTS:
             raise ValueError(f"block must be one of {', '.join(BLOCK_VARIANTS)}, got {block!r}")
+        counts = {"patch_size": patch_size, "in_channels": in_channels, "hidden_size": hidden_size, "depth": depth}
+        for name, value in (counts | {"num_heads": num_heads, "num_classes": num_classes}).items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        if not mlp_ratio * hidden_size >= 1:
+            raise ValueError(f"mlp_ratio must be positive, got {mlp_ratio}")
         self.learn_sigma, self.block = learn_sigma, block
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
         self.patch_size, self.num_heads = patch_size, num_heads
         self.stream_dtype: torch.dtype | None = None
-        self.recompute = "none"
+        self._recompute = "none"
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -89,17 +91,30 @@ class DiT(nn.Module):
         self.final_layer = final(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
+    @property
+    def recompute(self) -> str:
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, policy: str) -> None:
+        if policy not in RECOMPUTE:
+            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {policy!r}")
+        self._recompute = policy
+
     def initialize_weights(self) -> None:
-        """Xavier-uniform Linears, N(0, 0.02) embedders; the gates of adaLN-Zero and the final layer start at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
-                nn.init.zeros_(module.bias)
+        """Xavier-uniform Linears, N(0, 0.02) embedders; the gates of adaLN-Zero and the final layer start at zero.
+
+        Drawn in the official order, so that one seed gives one model.
+        """
+        linears = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        for module in [*linears, self.x_embedder.proj]:
+            nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+            nn.init.zeros_(module.bias)
+        for weight in (self.y_embedder.embedding_table.weight, *(self.t_embedder.mlp[i].weight for i in (0, 2))):
+            nn.init.normal_(weight, std=0.02)
         for name, parameter in self.named_parameters():
-            zero_gate = self.block == "adaln_zero" and name.endswith("adaLN_modulation.1.weight")
-            if name.startswith(("y_embedder", "t_embedder")) and name.endswith("weight"):
-                nn.init.normal_(parameter, std=0.02)
-            elif zero_gate or name in ("final_layer.linear.weight", "final_layer.adaLN_modulation.1.weight"):
+            gate = self.block == "adaln_zero" and name.endswith("adaLN_modulation.1.weight")
+            if gate or name in ("final_layer.linear.weight", "final_layer.adaLN_modulation.1.weight"):
                 nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
@@ -127,8 +142,11 @@ class DiT(nn.Module):
         """Classifier-free guidance on a doubled batch: y holds n labels then n null labels, and only x[:n] is read.
 
         `channels` are guided: 3 is the official form (its published FIDs use it), None guides all C predicted ones.
-        The others and the variance stay those of each half. Returns (2n, 2C or C, H, W).
+        The others and the variance stay those of each half; where C is smaller than `channels`, all C are guided.
+        Returns (2n, 2C or C, H, W).
         """
+        if channels is not None and channels < 1:
+            raise ValueError(f"guided channels must be at least 1, or None for all, got {channels}")
         half = x[: len(x) // 2]
         out = self.forward(torch.cat([half, half]), t, y)
         channels = self.in_channels if channels is None else min(channels, self.in_channels)
@@ -144,14 +162,14 @@ class DiT(nn.Module):
         c = t_emb + y_emb
         pending = (x, None, None)
         for block in self.blocks:
-            if _has_hooks(block):
-                # A hook expects the official (x, c) -> x, so the residual is settled at this boundary.
-                pending = (self._maybe_recompute(block, settle(*pending), c), None, None)
-            else:
+            if is_plain(block, DiTBlock):
                 pending = self._maybe_recompute(block.forward_pending, pending, block.adaLN_modulation(c))
-        if _has_hooks(self.final_layer):
-            return self.final_layer(settle(*pending), c)
-        return self.final_layer.forward_pending(pending, self.final_layer.adaLN_modulation(c))
+            else:
+                # Hooks and wrappers expect the official (x, c) -> x, so the residual is settled at this boundary.
+                pending = (self._maybe_recompute(block, settle(*pending), c), None, None)
+        if is_plain(self.final_layer, FinalLayer):
+            return self.final_layer.forward_pending(pending, self.final_layer.adaLN_modulation(c))
+        return self.final_layer(settle(*pending), c)
 
     def _run_tokens(self, x: Tensor, t_emb: Tensor, y_emb: Tensor) -> Tensor:
         context = torch.stack([t_emb, y_emb], dim=1).to(x.dtype)

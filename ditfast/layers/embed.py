@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ditfast import kernels
+from ditfast.layers.plain import is_plain
 
 
 def as_pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
@@ -31,7 +32,7 @@ def sincos_pos_embed(hidden_size: int, grid: tuple[int, int]) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Cuts an image into patches, projects each, and adds its position: (B, C, H, W) -> (B, T, D)."""
+    """Cuts an image into patches, projects each, and adds its position if given: (B, C, H, W) -> (B, T, D)."""
 
     def __init__(self, input_size: int | tuple[int, int], patch_size: int, in_channels: int, hidden_size: int):
         super().__init__()
@@ -43,11 +44,14 @@ class PatchEmbed(nn.Module):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, patch_size)
 
-    def forward(self, x: Tensor, pos_embed: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pos_embed: Tensor | None = None) -> Tensor:
         expected = (self.proj.in_channels, *self.img_size)
         if x.ndim != 4 or tuple(x.shape[1:]) != expected:
             raise ValueError(f"x must be (B, {', '.join(map(str, expected))}) for this model, got {tuple(x.shape)}")
-        assert self.proj.bias is not None
+        x = x.to(self.proj.weight.dtype)
+        if pos_embed is None or not is_plain(self.proj, nn.Conv2d):
+            tokens = self.proj(x).flatten(2).transpose(1, 2)
+            return tokens if pos_embed is None else tokens + pos_embed
         return kernels.patchify(x, self.proj.weight, self.proj.bias, pos_embed)
 
 
@@ -59,6 +63,8 @@ class TimestepEmbedder(nn.Module):
         self.frequency_embedding_size = frequency_embedding_size
         first, last = nn.Linear(frequency_embedding_size, hidden_size), nn.Linear(hidden_size, hidden_size)
         self.mlp = nn.Sequential(first, nn.SiLU(), last)
+
+    timestep_embedding = staticmethod(kernels.timestep_embedding)
 
     def forward(self, t: Tensor) -> Tensor:
         dtype = next(self.mlp.parameters()).dtype
@@ -90,6 +96,8 @@ class LabelEmbedder(nn.Module):
         return torch.where(drop, self.num_classes, labels)
 
     def forward(self, labels: Tensor, train: bool, force_drop_ids: Tensor | None = None) -> Tensor:
+        if labels.is_floating_point() or labels.ndim != 1:
+            raise ValueError(f"labels must be (B,) integers, got {labels.dtype} of shape {tuple(labels.shape)}")
         # Only where reading the values costs no device synchronization; loaders and samplers check theirs themselves.
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             check_labels(labels, self.embedding_table.num_embeddings)

@@ -4,12 +4,15 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ditfast import reference
-from ditfast.layers import BLOCK_VARIANTS, DiT, DiT_models, count_parameters, forward_macs, training_flops
+from ditfast.config import PRECISIONS
+from ditfast.kernels._op import Op
+from ditfast.layers import BLOCK_VARIANTS, DiT, DiT_models, DiTBlock, count_parameters, forward_macs, training_flops
 from ditfast.layers.block import settle
 
 # Published sizes: parameters and GMACs at patch 2, 4, 8 and latent 32 (DiT, table 4; the code's counts).
@@ -198,6 +201,141 @@ def test_hooks_see_the_official_block():
     handle.remove()
 
 
+def calls_of(module: nn.Module, monkeypatch) -> list:
+    """What the module's own forward is called with from now on."""
+    seen, forward = [], module.forward
+    monkeypatch.setattr(module, "forward", lambda *args: (seen.append(args), forward(*args))[1])
+    return seen
+
+
+@pytest.mark.parametrize(
+    "name", ["blocks.1", "final_layer", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2", "x_embedder.proj", "blocks.1.attn.qkv"]
+)
+def test_a_changed_module_is_called(name, monkeypatch):
+    """A patched forward stands for all that replaces or wraps a module: LoRA, quantization, recompute wrappers."""
+    model = randomized()
+    inputs = batch(model)
+    plain = model(*inputs)
+    seen = calls_of(model.get_submodule(name), monkeypatch)
+    torch.testing.assert_close(model(*inputs), plain)
+    assert len(seen) == 1
+
+
+def test_a_recompute_wrapper_recomputes():
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapping
+
+    model = randomized()
+    expected = torch.autograd.grad(model(*batch(model)).sum(), model.blocks[0].mlp.fc1.weight)
+    calls = []
+    model.blocks[0].attn.register_forward_hook(lambda *_: calls.append(1))
+    wrapping.apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, DiTBlock))
+    gradient = torch.autograd.grad(model(*batch(model)).sum(), model.blocks[0].mlp.fc1.weight)
+    torch.testing.assert_close(gradient, expected)
+    assert len(calls) == 2
+
+
+def test_embedder_without_positions_as_officially_called():
+    model = randomized()
+    x, *_ = batch(model)
+    torch.testing.assert_close(model.x_embedder(x) + model.pos_embed, model.x_embedder(x, model.pos_embed))
+
+
+def test_one_seed_gives_the_oracles_model(tiny):
+    states = []
+    for cls in (DiT, reference.DiT):
+        torch.manual_seed(3)
+        states.append(cls(**tiny).state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def attend(module: nn.Module, q: torch.Tensor, kv: torch.Tensor, heads: int) -> torch.Tensor:
+    """Attention by the equation; the rows of a packed weight are q | k | v."""
+    width = q.shape[-1]
+    if hasattr(module, "qkv"):
+        wq, wk, wv = module.qkv.weight.chunk(3)
+        bq, bk, bv = module.qkv.bias.chunk(3)
+    else:
+        wq, (wk, wv) = module.q.weight, module.kv.weight.chunk(2)
+        bq, (bk, bv) = module.q.bias, module.kv.bias.chunk(2)
+    q, k, v = (
+        F.linear(x, w, b).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for x, w, b in ((q, wq, bq), (kv, wk, bk), (kv, wv, bv))
+    )
+    weights = (q @ k.transpose(-1, -2) / (width // heads) ** 0.5).softmax(-1)
+    return module.proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+def feed(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return module.fc2(F.gelu(module.fc1(x), approximate="tanh"))
+
+
+def plain_adaln(block, x, c):
+    norm = nn.LayerNorm(48, eps=1e-6, elementwise_affine=False)
+    shift1, scale1, shift2, scale2 = block.adaLN_modulation[1](F.silu(c))[:, None].chunk(4, dim=-1)
+    y = norm(x) * (1 + scale1) + shift1
+    x = x + attend(block.attn, y, y, 4)
+    return x + feed(block.mlp, norm(x) * (1 + scale2) + shift2)
+
+
+def plain_in_context(block, x, context):
+    y = block.norm1(x)
+    x = x + attend(block.attn, y, y, 4)
+    return x + feed(block.mlp, block.norm2(x))
+
+
+def plain_cross_attention(block, x, context):
+    y = block.norm1(x)
+    x = x + attend(block.attn, y, y, 4)
+    x = x + attend(block.cross_attn, block.norm2(x), context, 4)
+    return x + feed(block.mlp, block.norm3(x))
+
+
+@pytest.mark.parametrize(
+    "variant, plain",
+    [("adaln", plain_adaln), ("in_context", plain_in_context), ("cross_attention", plain_cross_attention)],
+)
+def test_variants_equal_their_equations(variant, plain):
+    block = randomized(block=variant).blocks[1]
+    x, c = torch.randn(3, 18, 48), torch.randn(3, 48) if variant == "adaln" else torch.randn(3, 2, 48)
+    torch.testing.assert_close(block(x, c), plain(block, x, c))
+
+
+def test_in_context_tokens_are_the_embeddings_and_leave_again():
+    model = randomized(block="in_context")
+    x, t, y = batch(model)
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.final_layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(x, t, y)
+    expected = torch.stack([model.t_embedder(t), model.y_embedder(y, False)], dim=1)
+    torch.testing.assert_close(seen[0][:, 16:], expected)
+    assert seen[1].shape == (5, 16, 48)
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-fast"])
+def test_triton_kernels_in_the_whole_model(precision, recompute, monkeypatch):
+    """Every op that has kernels runs on them, forward and backward, as near to float64 as PyTorch's own ops."""
+    outcomes, choose = {}, Op.choose
+    for backend in ("reference", "triton"):
+        model = PRECISIONS[precision].apply(randomized())
+        model.recompute = recompute
+        if backend == "triton":
+            monkeypatch.setattr(
+                Op, "choose", lambda op, asked, *rest: "triton" if op.kernels else choose(op, asked, *rest)
+            )
+        with PRECISIONS[precision].autocast("cpu"):
+            out = model(*batch(model))
+        out.float().square().sum().backward()
+        outcomes[backend] = torch.cat([out.flatten().float(), model.blocks[0].attn.qkv.weight.grad.flatten().float()])
+    model = randomized().double()
+    out = model(*batch(model))
+    out.square().sum().backward()
+    exact = torch.cat([out.flatten(), model.blocks[0].attn.qkv.weight.grad.flatten()])
+    errors = {backend: (value - exact).norm() for backend, value in outcomes.items()}
+    assert errors["triton"] <= 1.2 * errors["reference"] + 1e-6 * exact.norm()
+
+
 @pytest.mark.parametrize("block", BLOCK_VARIANTS)
 def test_non_square_input(block):
     model = randomized(block=block, input_size=(4, 12))
@@ -294,6 +432,10 @@ def test_compiles_without_graph_breaks(recompute):
         ({"input_size": 9}, r"input_size \(9, 9\) must be divisible by patch_size 2"),
         ({"num_heads": 5}, "hidden_size 48 must be divisible by num_heads 5"),
         ({"hidden_size": 50, "num_heads": 5}, "multiple of 4"),
+        ({"num_heads": 0}, "num_heads must be a positive int, got 0"),
+        ({"patch_size": (2, 2)}, r"patch_size must be a positive int, got \(2, 2\)"),
+        ({"num_classes": 0}, "num_classes must be a positive int, got 0"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio must be positive, got 0.0"),
         ({"class_dropout_prob": 1.5}, r"class_dropout_prob must be in \[0, 1\)"),
         ({"input_size": (8, 8, 8)}, r"input_size must be a positive int or \(height, width\)"),
     ],
@@ -310,5 +452,11 @@ def test_wrong_inputs():
         model(x[..., :4], t, y)
     with pytest.raises(ValueError, match=r"t and y must be \(B,\) = \(5,\), got \(4,\) and \(5,\)"):
         model(x, t[:4], y)
+    with pytest.raises(ValueError, match=r"labels must be \(B,\) integers, got torch.float32"):
+        model(x, t, y.float())
+    with pytest.raises(ValueError, match="recompute must be one of none, block, got 'blocks'"):
+        model.recompute = "blocks"
+    with pytest.raises(ValueError, match="guided channels must be at least 1"):
+        model.forward_with_cfg(x, t, y, 2.0, channels=0)
     with pytest.raises(ValueError, match=r"labels must be in 0..7 .* got \[8\]"):
         model(x, t, torch.tensor([0, 1, 8, 2, 3]))
