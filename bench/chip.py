@@ -9,6 +9,7 @@ import ast
 import hashlib
 import io
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ditfast.kernels import OPS, OpSpec, _triton
+from ditfast.kernels import OPS, OpSpec, _op, _triton
 
 ROOT = Path(__file__).parents[1]
 LEDGER = ROOT / "bench" / "results" / "chip.json"
@@ -48,8 +49,8 @@ def normalised(source: str) -> str:
 
 
 def source_hash(spec: OpSpec) -> str:
-    """sha256 over the op's file and the helpers that its kernels share."""
-    files = (spec.source, Path(_triton.__file__))
+    """sha256 over the op's file and what its kernels share: the helpers, and the registration with its autograd."""
+    files = (spec.source, Path(_triton.__file__), Path(_op.__file__))
     return hashlib.sha256("\n".join(normalised(file.read_text()) for file in files).encode()).hexdigest()
 
 
@@ -68,6 +69,17 @@ def record(passed: Sequence[str], machine: dict[str, Any], path: Path = LEDGER) 
     ledger = read(path) | {
         spec.name: {"hash": source_hash(spec), **machine} for spec in KERNEL_OPS if spec.name in passed
     }
+    _write(ledger, path)
+
+
+def forget(name: str, path: Path = LEDGER) -> None:
+    """Take the entry of an op that failed out, where it has one."""
+    ledger = read(path)
+    if ledger.pop(name, None):
+        _write(ledger, path)
+
+
+def _write(ledger: Ledger, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(sorted(ledger.items())), indent=1) + "\n")
 
@@ -88,17 +100,24 @@ def machine_line() -> dict[str, Any]:
 
 
 class Tally:
-    """pytest plugin: the tests of stale ops first, a deadline, and which ops had all their tests pass."""
+    """pytest plugin: enters an op in the ledger once all its tests are done, takes it out once one failed, in time.
 
-    def __init__(self, first: Sequence[str], deadline: float):
-        self.first, self.deadline = first, deadline
+    Entered are ops whose tests did not fail, at least one of which ran, and only if the general ones, which name no op
+    and so run first, did not fail either. Without `enters` no op is.
+    """
+
+    def __init__(self, deadline: float, machine: dict[str, Any], path: Path = LEDGER, enters: bool = True):
+        self.deadline, self.machine, self.path, self.enters = deadline, machine, path, enters
         self.left: dict[str | None, set[str]] = defaultdict(set)
         self.failed: set[str | None] = set()
+        self.ran: set[str | None] = set()
+        self.passed: list[str] = []
         self.ops: dict[str, str | None] = {}
 
     def pytest_collection_finish(self, session: Any) -> None:
-        """Group what is left after deselection by op, the stale ops in front, tests of no single op last."""
-        names = [*self.first, *(spec.name for spec in KERNEL_OPS if spec.name not in self.first), None]
+        """Group what is left after deselection by op: general tests, then stale ops, other kernels, other ops."""
+        first = stale(read(self.path))
+        names = [None, *dict.fromkeys((*first, *(s.name for s in KERNEL_OPS), *(s.name for s in OPS)))]
         for item in session.items:
             params = item.callspec.params if hasattr(item, "callspec") else {}
             name = getattr(params.get("spec"), "name", params.get("name"))
@@ -116,26 +135,36 @@ class Tally:
         op = self.ops[report.nodeid]
         if report.failed:
             self.failed.add(op)
-        elif report.when == "teardown":
+            if op is not None:
+                forget(op, self.path)
+        elif report.when == "call" and report.passed:
+            self.ran.add(op)
+        if report.when == "teardown":
             self.left[op].discard(report.nodeid)
+            if op is not None and not self.left[op]:
+                self._finish(op)
 
-    def passed(self) -> list[str]:
-        """Ops all of whose tests passed; none if a test that belongs to no single op failed."""
-        if None in self.failed:
-            return []
-        return [op for op, left in self.left.items() if op is not None and not left and op not in self.failed]
+    def _finish(self, op: str) -> None:
+        general_passed = None not in self.failed and not self.left[None]
+        if self.enters and general_passed and op in self.ran - self.failed:
+            self.passed.append(op)
+            record([op], self.machine, self.path)
 
 
 def run_tests(
-    minutes: float, arguments: Sequence[str] = (), path: Path = LEDGER, tests: Path = ROOT / "tests" / "kernels"
+    seconds: float, arguments: Sequence[str] = (), path: Path = LEDGER, tests: Path = ROOT / "tests" / "kernels"
 ) -> int:
-    """Run the kernel tests on this machine's GPU and enter what passed; pytest's exit status."""
+    """Run the kernel tests on this machine's GPU and keep the ledger; pytest's exit status.
+
+    With pytest arguments nothing is entered: they may have left tests of an op out.
+    """
     import pytest
 
-    tally = Tally(stale(read(path)), time.monotonic() + 60 * minutes)
+    whole = not arguments and not os.environ.get("PYTEST_ADDOPTS")
+    tally = Tally(time.monotonic() + seconds, machine_line(), path, enters=whole)
     status = pytest.main(["-q", "-p", "no:cacheprovider", str(tests), *arguments], plugins=[tally])
-    record(tally.passed(), machine_line(), path)
-    print(f"passed on {torch.cuda.get_device_name()}: {', '.join(tally.passed()) or 'none'}")
+    entered = ", ".join(tally.passed) or "none" if whole else "none, since pytest had arguments"
+    print(f"entered as passed on {torch.cuda.get_device_name()}: {entered}")
     return int(status)
 
 
@@ -145,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("stale", help="ops that have not passed on a chip as they are now")
     test = commands.add_parser("test", help="run the kernel tests on a GPU and update the ledger")
-    test.add_argument("--minutes", type=float, default=8.0, help="stop after this long")
+    test.add_argument("--seconds", type=float, default=480.0, help="stop after this long")
     options, arguments = parser.parse_known_args(argv)
     if options.command == "stale":
         names = stale(read())
@@ -156,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("no GPU here: nothing ran, the ledger is as it was")
         return 0
-    return run_tests(options.minutes, arguments)
+    return run_tests(options.seconds, arguments)
 
 
 if __name__ == "__main__":

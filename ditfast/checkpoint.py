@@ -6,6 +6,7 @@ name, synced and renamed, so a directory without a sound manifest does not count
 file before it uses any.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -185,10 +186,10 @@ def _validated(
         if not _GROUP.fullmatch(group):
             raise ValueError(f"group name {group!r} cannot be a file name; use letters, digits, '.', '_' and '-'")
         for name, tensor in named.items():
-            if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or name == "__metadata__":
-                raise ValueError(
-                    f"tensor {name!r} of group {group!r} cannot be stored: {tensor.dtype}, {tensor.layout}"
-                )
+            kept = tensor.dtype in _DTYPES and tensor.layout == torch.strided and not tensor.is_meta
+            if not kept or name == "__metadata__":
+                what = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+                raise ValueError(f"tensor {name!r} of group {group!r} cannot be stored: {what}")
     try:
         text = json.dumps(dict(state), indent=1).encode()
     except (TypeError, ValueError) as error:
@@ -279,7 +280,7 @@ def _clean(directory: Path) -> None:
     for entry in _entries(directory):
         name = entry.name.removesuffix(".tmp")
         if name != entry.name and _NAME.fullmatch(name):
-            shutil.rmtree(entry)
+            _delete(entry)
         elif _NAME.fullmatch(entry.name) and entry.suffix == ".old":
             if entry.with_suffix("").exists():
                 _remove(entry)
@@ -318,7 +319,15 @@ def _remove(path: Path) -> None:
     """Remove a checkpoint directory; killed half-way it is a `.tmp`, never half a checkpoint."""
     doomed = path.with_name(path.name + ".tmp")
     os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    """Remove whatever has this name: a stray file must not make every later save fail."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _sync(directory: Path) -> None:
@@ -334,10 +343,13 @@ def _refusal(target: Path, temporary: Path, error: OSError, needed: int) -> str:
     """Why `target` could not be written, and which checkpoint is still good. Frees the half-written one first."""
     shutil.rmtree(temporary, ignore_errors=True)
     place = next(parent for parent in (target.parent, *target.parent.parents) if parent.is_dir())
+    advice = "Choose another directory; "
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(place).free
+        advice = (
+            f"it needs {needed:,} bytes, {free:,} are free in {place}. Free some space or choose another directory; "
+        )
     good = next((path for path in _candidates(target.parent) if _is_sound(path, verify)), None)
-    return (
-        f"cannot write checkpoint {target}: {error}; it needs {needed:,} bytes, "
-        f"{shutil.disk_usage(place).free:,} are free in {place}. "
-        "Free some space or choose another directory; "
-        + (f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint")
+    return f"cannot write checkpoint {target}: {error}; {advice}" + (
+        f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
     )

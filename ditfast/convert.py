@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -19,6 +18,9 @@ from ditfast.layers.dit import SIZES
 
 LABELS = "y_embedder.embedding_table.weight"
 _LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
+_NDIMS = {
+    "x_embedder.proj.weight": 4, "pos_embed": 3, LABELS: 2, "blocks.0.mlp.fc1.weight": 2, "final_layer.linear.weight": 2
+}  # fmt: skip
 _WRAPPERS = ("module.", "_orig_mod.")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
@@ -66,10 +68,12 @@ def load_official(path: str | Path, which: str | None = None) -> tuple[dict[str,
         raise ConvertError(f"{path} is a bare state dict, so it has no {which!r}; leave `which` out")
     else:
         chosen, state = "bare", loaded
-    strange = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
-    if strange is not None or not state:
-        what = f"{strange!r} is a {type(state[strange]).__name__}, not a tensor" if state else "it is empty"
-        raise ConvertError(f"{path} is not a state dict: {what}")
+    if not state:
+        raise ConvertError(f"{path} is not a state dict: it is empty")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            what, wanted = (value, "tensor") if isinstance(name, str) else (name, "name")
+            raise ConvertError(f"{path} is not a state dict: {name!r} is a {type(what).__name__}, not a {wanted}")
     args = loaded.get("args") if wrapped else None
     return _unwrapped(state), {"which": chosen, "args": vars(args) if isinstance(args, argparse.Namespace) else args}
 
@@ -86,6 +90,11 @@ def infer_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
     if missing:
         found = ", ".join(list(state)[:4]) or "nothing"
         raise ConvertError(f"not the state dict of a DiT: {_some(missing)} missing; found {found}, ...")
+    for name, ndim in _NDIMS.items():
+        if state[name].ndim != ndim or not state[name].numel():
+            raise ConvertError(
+                f"not the state dict of a DiT: {name} is {tuple(state[name].shape)}, expected {ndim} dims of 1 or more"
+            )
     hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     modulation = state["blocks.0.adaLN_modulation.1.weight"].shape
     if modulation != (6 * hidden_size, hidden_size):
@@ -187,8 +196,9 @@ def _read(path: Path) -> Any:
             f"{path} was refused: {_foreign(path)}, which could run code. "
             "Ask its author for a .safetensors file or a plain state dict"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError) as error:
-        raise ConvertError(f"{path} cannot be read, it is damaged or no weight file: {error}") from error
+    except Exception as error:  # damaged bytes make the readers fail in any way
+        reason = f"{type(error).__name__}: {error}"
+        raise ConvertError(f"{path} cannot be read, it is damaged or no weight file: {reason}") from error
 
 
 def _foreign(path: Path) -> str:

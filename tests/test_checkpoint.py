@@ -121,6 +121,7 @@ class TestRoundTrip:
             ({"tensors": {"../x": {}}}, r"group name '\.\./x'"),
             ({"tensors": {"g": {"w": torch.zeros(1, dtype=torch.complex128)}}}, "'w' of group 'g' .*complex128"),
             ({"tensors": {"g": {"w": torch.zeros(2, 2).to_sparse()}}}, "torch.sparse_coo"),
+            ({"tensors": {"g": {"w": torch.zeros(2, device="meta")}}}, "'w' of group 'g' cannot be stored: .*on meta"),
             ({"tensors": {"g": {"__metadata__": torch.zeros(1)}}}, "'__metadata__'"),
             ({"state": {"x": torch.zeros(1)}}, "not JSON: .*Tensor"),
             ({"step": -1}, "step -1"),
@@ -162,6 +163,16 @@ class TestKeeping:
         save(tmp_path, 1, {"model": {}}, {"second": True})
         assert load(tmp_path).state == {"second": True}
         assert names(tmp_path) == ["step-00000001"]
+
+    @pytest.mark.parametrize("stray", ["step-00000001.tmp", "step-00000002", "step-00000001.old"])
+    @pytest.mark.parametrize("link", [False, True])
+    def test_a_stray_file_is_no_obstacle(self, tmp_path, stray, link):
+        put(tmp_path, 1)
+        (tmp_path / stray).symlink_to("step-00000001") if link else (tmp_path / stray).touch()
+        put(tmp_path, 2)
+        assert names(tmp_path) == ["step-00000001", "step-00000002"]
+        assert_is(load(tmp_path / "step-00000001"), 1)
+        assert_is(load(tmp_path), 2)
 
     def test_steps_sort_as_numbers(self, tmp_path):
         put(tmp_path, 99_999_999)
@@ -285,7 +296,8 @@ class TestFullDisk:
     def test_on_a_real_file_system(self, small_disk):
         put(small_disk, 1, size=10_000)  # 1.1 MB
         with pytest.raises(
-            CheckpointError, match=r"step-00000002: .*No space left.*needs 1,1\d\d,\d{3} bytes.*are free"
+            CheckpointError,
+            match=r"step-00000002: .*No space left.*needs 1,1\d\d,\d{3} bytes.*are free.*Free some space",
         ) as caught:
             put(small_disk, 2, size=10_000)
         assert f"the last good checkpoint is {small_disk / 'step-00000001'}" in str(caught.value)
@@ -319,8 +331,9 @@ class TestFullDisk:
 
     def test_a_directory_that_cannot_be_made(self, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(CheckpointError, match="Not a directory"):
+        with pytest.raises(CheckpointError, match=r"Not a directory.*; Choose another directory") as caught:
             put(tmp_path / "file" / "run", 1)
+        assert "Free some space" not in str(caught.value)
 
     def test_an_interrupt_leaves_no_half_checkpoint(self, tmp_path, monkeypatch):
         put(tmp_path, 1)

@@ -1,8 +1,10 @@
 """Official checkpoints: read without running code, fitted or refused with reasons, and written back."""
 
 import argparse
+import itertools
 import os
 import pickle
+import re
 
 import pytest
 import torch
@@ -129,12 +131,38 @@ class TestRefusal:
         with pytest.raises(ConvertError, match=f"x.{suffix}.*damaged"):
             load_official(path)
 
+    @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+    def test_damaged_pickle_of_any_kind(self, tmp_path):
+        """Every opcode and its neighbours in a pickle make the unpickler fail in ways of their own."""
+        torch.save({"a": 1.0}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+        sound, failures = (tmp_path / "x.pt").read_bytes(), 0
+        for position, byte in itertools.product(range(0, len(sound), 2), b"R.0tdK\x85"):
+            (tmp_path / "x.pt").write_bytes(sound[:position] + bytes([byte]) + sound[position + 1 :])
+            try:
+                load_official(tmp_path / "x.pt")
+            except ConvertError:
+                failures += 1
+        assert failures > 100
+
+    @pytest.mark.parametrize("error", [IndexError, AssertionError, TypeError, AttributeError])
+    @pytest.mark.parametrize(("suffix", "reader"), [("pt", "torch.load"), ("safetensors", "ditfast.convert.load_file")])
+    def test_whatever_a_reader_raises(self, tmp_path, monkeypatch, error, suffix, reader):
+        def fail(*args, **kwargs):
+            raise error
+
+        (tmp_path / f"x.{suffix}").touch()
+        monkeypatch.setattr(reader, fail)
+        with pytest.raises(ConvertError, match=f"x.{suffix} cannot be read, it is damaged.*{error.__name__}"):
+            load_official(tmp_path / f"x.{suffix}")
+
     @pytest.mark.parametrize(
         ("content", "which", "message"),
         [
             ([1, 2], None, "holds a list, expected a state dict"),
             ({"a": torch.zeros(1), "b": 3}, None, "'b' is a int, not a tensor"),
             ({}, None, "it is empty"),
+            ({3: torch.zeros(1)}, None, "3 is a int, not a name"),
+            ({"model": {("a",): torch.zeros(1)}}, None, "is a tuple, not a name"),
             ({"model": {"a": torch.zeros(1)}}, "ema", "has no 'ema'; it has model"),
             ({"a": torch.zeros(1)}, "ema", "bare state dict, so it has no 'ema'"),
             ({"a": torch.zeros(1)}, "best", "which is 'best'"),
@@ -179,6 +207,22 @@ class TestInferConfig:
     def test_something_else(self):
         with pytest.raises(ConvertError, match=r"pos_embed, .* and 18 more missing; found conv1"):
             infer_config({"conv1": torch.zeros(3)})
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "x_embedder.proj.weight",
+            "pos_embed",
+            LABELS,
+            "blocks.0.mlp.fc1.weight",
+            "final_layer.linear.weight",
+            "blocks.0.adaLN_modulation.1.weight",
+        ],
+    )
+    @pytest.mark.parametrize("shape", [(), (5,), (0, 0, 0), (0, 0), (0, 4, 2, 2)])
+    def test_wrong_rank_is_named(self, state, name, shape):
+        with pytest.raises(ConvertError, match=re.escape(f"{name} is {shape}, expected")):
+            infer_config(state | {name: torch.zeros(shape)})
 
     def test_block_without_gates(self, state):
         with pytest.raises(ConvertError, match=r"not an adaLN-Zero DiT: .*\(192, 48\), expected \(288, 48\)"):

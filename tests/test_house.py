@@ -84,6 +84,11 @@ def test_importing_ditfast_imports_nothing():
     assert run("import sys, ditfast; print([m for m in ('torch', 'triton', 'numpy') if m in sys.modules])") == "[]\n"
 
 
+def test_importing_the_kernels_is_quick():
+    code = "import time, torch; start = time.perf_counter(); import ditfast.kernels; print(time.perf_counter() - start)"
+    assert float(run(code)) < 2
+
+
 def test_public_names_load():
     names = run("import ditfast; print([n for n in ditfast.__all__ if getattr(ditfast, n) is None])")
     assert names == "[]\n"

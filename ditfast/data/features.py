@@ -89,5 +89,5 @@ def _read(file: Path) -> np.ndarray:
     try:
         with file.open("rb") as stream:
             return np.lib.format.read_array(stream, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # damaged bytes make the reader fail in any way
         raise DataError(f"features: cannot read {file}: {error}") from error

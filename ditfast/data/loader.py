@@ -35,8 +35,8 @@ class Loader:
     start_step: the first step to hand out; the attribute `step` is the next one at any time.
     workers: processes that read ahead; 0 reads in the caller's. Close the loader, or use it in `with`, to stop them.
     pin_memory: page-locked batches, where there is a GPU.
-    Raises DataError for a batch that the ranks cannot share, an empty dataset, and, naming the sample, for an item of
-    another shape or dtype, non-finite values, or a label out of range.
+    Raises DataError for a batch that the ranks cannot share, a negative start_step, an empty dataset, and, naming the
+    sample, for an item of another shape or dtype, non-finite values, or a label out of range.
     """
 
     def __init__(
@@ -57,6 +57,8 @@ class Loader:
             )
         if not 0 <= rank < world_size:
             raise DataError(f"rank {rank} is outside 0..{world_size - 1}")
+        if start_step < 0:
+            raise DataError(f"start_step {start_step}, expected 0 or more")
         if len(dataset) == 0:
             raise DataError("the dataset is empty")
         self.dataset, self.seed, self.step = dataset, seed, start_step

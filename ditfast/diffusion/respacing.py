@@ -32,13 +32,14 @@ def _parse_counts(text: str) -> list[int]:
         ) from None
 
 
-def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
+def space_timesteps(num_timesteps: int, section_counts: str | int | Sequence[int]) -> set[int]:
     """The original timesteps that a shorter chain keeps.
 
     Args:
         num_timesteps: length T of the original chain.
         section_counts: how many steps to keep in each of equally long sections of the chain, evenly spread with both
-            ends kept, as a list or as "10,15,20"; or "ddimN" for N steps of the one integer stride that gives N.
+            ends kept, as a list, as "10,15,20" or, of the one section that is the whole chain, as a number; or "ddimN"
+            for N steps of the one integer stride that gives N.
 
     Raises:
         ValueError: a section shorter than its count; a "ddimN" without a stride; text of another form.
@@ -47,6 +48,8 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
         if section_counts.startswith("ddim") and section_counts[4:].isdecimal():
             return _ddim_steps(num_timesteps, int(section_counts[4:]))
         section_counts = _parse_counts(section_counts)
+    elif isinstance(section_counts, int):
+        section_counts = [section_counts]
     if not section_counts or min(section_counts) < 1:
         raise ValueError(f"each section keeps at least 1 step, got counts {list(section_counts)}")
     size, longer = divmod(num_timesteps, len(section_counts))
@@ -92,7 +95,7 @@ class SpacedDiffusion(GaussianDiffusion):
 
 
 def create_diffusion(
-    timestep_respacing: str | Sequence[int] | None,
+    timestep_respacing: str | int | Sequence[int] | None,
     noise_schedule: str = "linear",
     use_kl: bool = False,
     sigma_small: bool = False,
@@ -104,7 +107,7 @@ def create_diffusion(
     """The diffusion of the official DiT and its relatives.
 
     Args:
-        timestep_respacing: None or "" for all steps, else as in `space_timesteps` ("250", "10,15,20", "ddim50").
+        timestep_respacing: None or "" for all steps, else as in `space_timesteps` ("250", 250, "10,15,20", "ddim50").
         noise_schedule: a name in `SCHEDULES`.
         use_kl: train on the variational bound (RESCALED_KL) in place of the MSE.
         sigma_small: with learn_sigma=False, the posterior variance in place of beta.
@@ -115,8 +118,10 @@ def create_diffusion(
     """
     mse = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
     fixed = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
+    if timestep_respacing is None or timestep_respacing == "":
+        timestep_respacing = diffusion_steps
     return SpacedDiffusion(
-        use_timesteps=space_timesteps(diffusion_steps, timestep_respacing or [diffusion_steps]),
+        use_timesteps=space_timesteps(diffusion_steps, timestep_respacing),
         betas=get_named_beta_schedule(noise_schedule, diffusion_steps),
         model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
         model_var_type=ModelVarType.LEARNED_RANGE if learn_sigma else fixed,

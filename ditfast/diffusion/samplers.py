@@ -228,9 +228,13 @@ def _after_first(t: Tensor, like: Tensor) -> Tensor:
     return (t > 0).view(-1, *(1,) * (like.ndim - 1))
 
 
-def _device_of(model: Model) -> torch.device | None:
-    module = getattr(model, "__self__", model)
-    return next(module.parameters()).device if isinstance(module, torch.nn.Module) else None
+def _device_of(model: object) -> torch.device | None:
+    """The device of a module, of the one whose method this is, or of the network inside a guidance; else None."""
+    if isinstance(model, torch.nn.Module):
+        parameter = next(model.parameters(), None)
+        return None if parameter is None else parameter.device
+    inner = (getattr(model, name, None) for name in ("__self__", "model", "cond_model"))
+    return next((_device_of(network) for network in inner if network is not None), None)
 
 
 def _track(steps: Sequence[int], progress: bool) -> Iterable[int]:

@@ -36,6 +36,7 @@ _BETWEEN: dict[str, Callable[[float, float, int], Tensor]] = {
     "warmup50": lambda start, end, steps: _warmup(start, end, steps, 0.5),
 }
 SCHEDULES = (*_BETWEEN, "squaredcos_cap_v2")
+_MAX_BETA = 0.999
 
 
 def get_beta_schedule(
@@ -51,7 +52,7 @@ def get_beta_schedule(
 
 
 def betas_for_alpha_bar(
-    num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
+    num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = _MAX_BETA
 ) -> Tensor:
     """Betas (T,) float64 for which the product of (1 - beta) follows `alpha_bar(u)`, u in [0, 1].
 
@@ -70,10 +71,11 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     """Betas (T,) float64 of a schedule in `SCHEDULES`.
 
     `squaredcos_cap_v2` is the cosine schedule of Nichol and Dhariwal 2021, equation 17. All others run between 1e-4 and
-    0.02 times 1000 / T (Ho et al. 2020, section 4), so that the chain destroys as much of the data at any T.
+    0.02 times 1000 / T (Ho et al. 2020, section 4), so that the chain destroys as much of the data at any T. The last
+    beta of `jsd` is 0.999 in place of 1, as in the cosine schedule: from pure noise no network could tell x_0.
 
     Raises:
-        ValueError: an unknown name; T < 1; a T so small that a beta would exceed 1.
+        ValueError: an unknown name; T < 1; a T so small that a beta would reach 1.
     """
     if schedule_name not in SCHEDULES:
         raise unknown_name("noise schedule", schedule_name, SCHEDULES)
@@ -83,8 +85,11 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     if schedule_name == "squaredcos_cap_v2":
         return betas_for_alpha_bar(steps, _squared_cosine)
     end = 0.02 * 1000 / steps
-    if end > 1 and schedule_name != "jsd":
+    if end >= 1 and schedule_name != "jsd":
         raise ValueError(
-            f"{schedule_name!r} ends at beta = 20 / T, above 1 for T = {steps}: take T >= 20, or respace T = 1000"
+            f"{schedule_name!r} ends at beta = 20 / T, which is {end:g} for T = {steps} and must stay below 1: "
+            "take T > 20, or respace T = 1000"
         )
-    return get_beta_schedule(schedule_name, beta_start=1e-4 * 1000 / steps, beta_end=end, num_diffusion_timesteps=steps)
+    start = 1e-4 * 1000 / steps
+    betas = get_beta_schedule(schedule_name, beta_start=start, beta_end=end, num_diffusion_timesteps=steps)
+    return betas.clamp(max=_MAX_BETA)

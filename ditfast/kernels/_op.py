@@ -98,7 +98,7 @@ def _missing(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "meta":
         return None
     if not _triton.INSTALLED:
-        return "triton is not installed; pip install triton"
+        return f"triton cannot be imported ({_triton.IMPORT_ERROR}); pip install triton"
     if device.type != "cuda" and not _triton.INTERPRETED:
         return f"tensors on {device.type} need its interpreter; set TRITON_INTERPRET=1 before importing, use a GPU"
     return None

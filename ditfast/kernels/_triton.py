@@ -14,11 +14,12 @@ try:
     import triton
     import triton.language as tl
 
-    INSTALLED = True
+    INSTALLED, IMPORT_ERROR = True, ""
     INTERPRETED = bool(triton.knobs.runtime.interpret)
     jit = triton.jit
-except ImportError:
+except ImportError as error:
     INSTALLED = INTERPRETED = False
+    IMPORT_ERROR = str(error)
 
     class tl:  # type: ignore[no-redef]
         """What the signatures of the kernels name."""

@@ -3,7 +3,8 @@
 q           (B, Tq, H, head_dim); o has its shape and dtype
 k, v        (B, Tk, H, head_dim)
 qkv         (B, T, 3, H, head_dim), the packed form that the qkv linear of a DiT yields
-All strides are free.
+All strides are free. Eager SDPA on a GPU copies views that are not 16-byte aligned, which its memory-efficient kernel
+may read wrongly (pytorch #183484); under torch.compile the layout is the compiler's.
 """
 
 import torch
@@ -25,9 +26,20 @@ def attention_ref(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
 
 def attention_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """PyTorch's scaled_dot_product_attention, its own choice of kernel."""
+    if q.is_cuda and not torch.compiler.is_compiling():
+        q, k, v = _aligned(q), _aligned(k), _aligned(v)
     return F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale
     ).transpose(1, 2)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where every row starts at 16 bytes, else a copy that does as far as head_dim allows."""
+    # Not data_ptr(), which fake tensors and torch.func do not have; the allocator aligns the storage itself.
+    if tensor.storage_offset() * tensor.element_size() % 16:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    odd = tensor.stride(-1) != 1 or any(stride * tensor.element_size() % 16 for stride in tensor.stride()[:-1])
+    return tensor.contiguous() if odd else tensor
 
 
 def attention_qkvpacked_ref(qkv: torch.Tensor, scale: float) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +41,13 @@ def test_only_code_changes_the_hash(old, new, same, tmp_path):
     assert (len(hashes) == 1) is same
 
 
+def test_the_shared_registration_counts_in_the_hash(tmp_path, monkeypatch):
+    before = chip.source_hash(chip.KERNEL_OPS[0])
+    (tmp_path / "_op.py").write_text("x = 1")
+    monkeypatch.setattr(chip._op, "__file__", str(tmp_path / "_op.py"))
+    assert chip.source_hash(chip.KERNEL_OPS[0]) != before
+
+
 def test_an_op_is_stale_until_recorded_and_again_when_its_source_changes(tmp_path):
     path, names = tmp_path / "results" / "chip.json", [spec.name for spec in chip.KERNEL_OPS]
     assert chip.stale(chip.read(path)) == names
@@ -57,44 +66,64 @@ def test_recording_one_op_keeps_the_entries_of_others(tmp_path):
     assert set(chip.read(path)) == {"other_op", chip.KERNEL_OPS[0].name}
 
 
-def tally_of(outcomes: list[tuple[str | None, bool]], torn_down: bool = True) -> chip.Tally:
-    """A tally that saw one test per (op, passed)."""
-    tally = chip.Tally(first=[], deadline=float("inf"))
-    items = []
-    for i, (op, _) in enumerate(outcomes):
-        params = {"spec": SimpleNamespace(name=op)} if op else {}
-        items.append(SimpleNamespace(nodeid=str(i), callspec=SimpleNamespace(params=params)))
-    tally.pytest_collection_finish(SimpleNamespace(items=items))
-    for i, (_, passed) in enumerate(outcomes):
-        tally.pytest_runtest_logreport(SimpleNamespace(nodeid=str(i), failed=not passed, when="call"))
-        if torn_down:
-            tally.pytest_runtest_logreport(SimpleNamespace(nodeid=str(i), failed=False, when="teardown"))
-    return tally
-
-
 OP = chip.KERNEL_OPS[0].name
+OTHER = next(spec.name for spec in chip.OPS if spec not in chip.KERNEL_OPS)
+
+
+@pytest.fixture
+def ledger(tmp_path) -> Path:
+    """A ledger in which OP once passed, on "before"."""
+    path = tmp_path / "chip.json"
+    chip.record([OP], {"gpu": "before"}, path)
+    return path
+
+
+def gpu_of_op(ledger: Path, outcomes: list[tuple[str | None, str]], finished: bool = True, **options) -> str | None:
+    """On which chip OP passed, says the ledger after one test per (op, outcome); None where it has no entry."""
+    tally = chip.Tally(float("inf"), {"gpu": "now"}, ledger, **options)
+    items = []
+    for i, (op, outcome) in enumerate(outcomes):
+        params = {"spec": SimpleNamespace(name=op)} if op else {}
+        items.append(SimpleNamespace(nodeid=str(i), callspec=SimpleNamespace(params=params), outcome=outcome))
+    session = SimpleNamespace(items=items)
+    tally.pytest_collection_finish(session)
+    for item in session.items:
+        phases = {"setup": "skipped"} if item.outcome == "skipped" else {"setup": "passed", "call": item.outcome}
+        for when, outcome in (phases | ({"teardown": "passed"} if finished else {})).items():
+            flags = {name: outcome == name for name in ("passed", "failed", "skipped")}
+            tally.pytest_runtest_logreport(SimpleNamespace(nodeid=item.nodeid, when=when, **flags))
+    return chip.read(ledger).get(OP, {}).get("gpu")
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "passed"),
+    ("outcomes", "gpu"),
     (
-        ([(OP, True), (OP, True), (None, True)], [OP]),
-        ([(OP, True), (OP, False), (None, True)], []),
-        ([(OP, True), (None, False)], []),
-        ([(None, True)], []),
+        ([(OP, "passed"), (OP, "passed"), (None, "passed")], "now"),
+        ([(OP, "passed"), (OP, "skipped")], "now"),
+        ([(OP, "skipped"), (None, "passed")], "before"),
+        ([(OP, "passed"), (OP, "failed"), (None, "passed")], None),
+        ([(OP, "failed"), (OP, "passed")], None),
+        ([(OP, "passed"), (None, "failed")], "before"),
+        ([(OP, "passed"), (OTHER, "failed")], "now"),
+        ([(None, "passed")], "before"),
     ),
 )
-def test_an_op_passes_when_all_its_tests_and_the_general_ones_do(outcomes, passed):
-    assert tally_of(outcomes).passed() == passed
+def test_an_op_is_entered_when_its_tests_and_the_general_ones_pass_and_taken_out_when_one_fails(ledger, outcomes, gpu):
+    assert gpu_of_op(ledger, outcomes) == gpu
 
 
-def test_an_unfinished_op_does_not_pass():
-    assert tally_of([(OP, True)], torn_down=False).passed() == []
+def test_an_unfinished_op_is_not_entered(ledger):
+    assert gpu_of_op(ledger, [(OP, "passed")], finished=False) == "before"
+
+
+@pytest.mark.parametrize(("outcome", "gpu"), (("passed", "before"), ("failed", None)))
+def test_a_partial_run_enters_nothing_but_takes_out_what_failed(ledger, outcome, gpu):
+    assert gpu_of_op(ledger, [(OP, outcome)], enters=False) == gpu
 
 
 def test_tests_after_the_deadline_stop_the_session():
     item = SimpleNamespace(session=SimpleNamespace(shouldstop=False))
-    chip.Tally([], deadline=0.0).pytest_runtest_protocol(item)
+    chip.Tally(0.0, {}).pytest_runtest_protocol(item)
     assert "out of time" in item.session.shouldstop
 
 
@@ -118,26 +147,61 @@ from pathlib import Path
 import torch
 from bench import chip
 torch.cuda.get_device_name = lambda: "a chip"
-ledger, suite = map(Path, sys.argv[1:])
-chip.run_tests(1, ["-m", "not full"], ledger, suite)
+ledger, suite = map(Path, sys.argv[1:3])
+chip.run_tests(60, sys.argv[3:], ledger, suite)
 """
 
 
-@pytest.mark.parametrize("passes", (True, False))
-def test_a_run_enters_the_ops_that_passed(passes, tmp_path):
+@pytest.mark.parametrize(
+    ("passes", "arguments", "enters"), ((True, (), True), (False, (), False), (True, ("-k", "one"), False))
+)
+def test_a_whole_run_enters_the_ops_that_passed(passes, arguments, enters, tmp_path):
     suite, ledger = tmp_path / "test_suite.py", tmp_path / "chip.json"
     suite.write_text(SUITE.format(passes=passes))
-    subprocess.run([sys.executable, "-c", RUN, str(ledger), str(suite)], cwd=ROOT, check=True, timeout=120)
+    (tmp_path / "pytest.ini").write_text('[pytest]\naddopts = -m "not full"\nmarkers = full\n')
+    command = [sys.executable, "-c", RUN, str(ledger), str(suite), *arguments]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
     recorded = chip.read(ledger)
-    assert set(recorded) == ({spec.name for spec in chip.KERNEL_OPS} if passes else set())
+    assert set(recorded) == ({spec.name for spec in chip.KERNEL_OPS} if enters else set())
     assert all(entry["gpu"] == "a chip" and entry["torch"] for entry in recorded.values())
 
 
-def run_script(*args: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+def run_script(*args: str, root: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | env
     return subprocess.run(
-        ["bash", "bench/gpu.sh", *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+        ["bash", "bench/gpu.sh", *args], cwd=root, env=env, capture_output=True, text=True, timeout=120
     )
+
+
+STUB = """#!/usr/bin/env bash
+case "$*" in
+*"import pytest"*) exit 1 ;;
+*"pip install"*) touch "$(echo "$TMPDIR"/*)/installed"; sleep 1.1 ;;
+*cuda*) echo True ;;
+*) echo "ran $*; found $(ls "${PYTHONPATH%%:*}")" ;;
+esac
+"""
+
+
+def test_script_takes_wheels_runs_within_the_rest_of_its_time_and_removes_them(tmp_path):
+    for name in ("bench", ".whl", "tmp"):
+        (tmp_path / name).mkdir()
+    shutil.copy(ROOT / "bench" / "gpu.sh", tmp_path / "bench")
+    (tmp_path / ".whl" / "some.whl").touch()
+    stub = tmp_path / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    done = run_script("test", root=tmp_path, PYTHON=str(stub), TMPDIR=str(tmp_path / "tmp"))
+    assert done.returncode == 0, done.stderr
+    ran = re.fullmatch(r"ran -m bench.chip test --seconds (\d+); found installed\n", done.stdout)
+    assert 470 <= int(ran[1]) < 480
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_script_with_a_python_without_torch_fails_and_says_what_to_do(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart is missing')")
+    done = run_script("test", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and "PYTHON=" in done.stderr and "libcudart is missing" in done.stderr
 
 
 def test_script_without_a_gpu_says_so_and_leaves_the_ledger():

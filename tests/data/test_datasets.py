@@ -209,6 +209,17 @@ class TestFeatureFolder:
         with pytest.raises(DataError, match=r"cannot read .*features/3.npy"):
             FeatureFolder(features)[3]
 
+    @pytest.mark.parametrize(
+        ("old", "new"), [(b"'shape': (1,", b"'shape': (1("), (b"'descr'", b"b'escr'"), (b"(1, 4,", b"(9**9")]
+    )
+    def test_damaged_header_is_named(self, features, old, new):
+        file = features / "imagenet256_features" / "3.npy"
+        damaged = file.read_bytes().replace(old, new)
+        assert damaged != file.read_bytes()
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"cannot read .*features/3.npy"):
+            FeatureFolder(features)[3]
+
 
 class TestBuildDataset:
     def test_every_kind(self, tmp_path, cifar, features):

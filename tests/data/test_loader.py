@@ -164,6 +164,7 @@ def test_bad_sample_is_named(bad, message, workers):
         ({"global_batch": 7, "world_size": 2}, "global batch 7 cannot be shared by 2 ranks"),
         ({"global_batch": 0}, "global batch 0"),
         ({"global_batch": 4, "rank": 2, "world_size": 2}, r"rank 2 is outside 0\.\.1"),
+        ({"global_batch": 4, "start_step": -1}, "start_step -1, expected 0 or more"),
         ({"dataset": Numbered(0), "global_batch": 4}, "empty"),
     ],
 )

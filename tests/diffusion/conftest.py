@@ -1,10 +1,8 @@
-"""The golden tensors, the small DiT that made them, and a network that knows the answer for Gaussian data."""
+"""Golden tensors in float64, the small DiT that made them, and a network that knows the answer for Gaussian data."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ditfast.diffusion import GaussianDiffusion
@@ -12,15 +10,15 @@ from ditfast.reference import DiT
 
 
 @pytest.fixture(scope="session")
-def golden() -> dict[str, Tensor]:
-    tensors = load_file(Path(__file__).parents[1] / "golden" / "dit_tiny.safetensors")
-    return {name: value.double() if value.is_floating_point() else value for name, value in tensors.items()}
+def golden(golden) -> dict[str, Tensor]:
+    """The golden tensors, inputs in float64 too."""
+    return {name: value.double() if value.is_floating_point() else value for name, value in golden.items()}
 
 
 @pytest.fixture
-def dit(golden) -> nn.Module:
-    model = DiT(input_size=8, patch_size=2, in_channels=4, hidden_size=144, depth=2, num_heads=2, num_classes=10)
-    model.load_state_dict({k.removeprefix("state/"): v for k, v in golden.items() if k.startswith("state/")})
+def dit(tiny, golden_state) -> nn.Module:
+    model = DiT(**tiny)
+    model.load_state_dict(golden_state)
     return model.double().eval()
 
 

@@ -17,6 +17,7 @@ from ditfast.diffusion import LossType, ModelMeanType, ModelVarType, create_diff
         ("ddim1000", [0, 1], [999], 1000),
         ("10,15,20", [0, 37], [982, 999], 45),
         ([10, 15, 20], [0, 37], [982, 999], 45),
+        (50, [0, 20, 41, 61, 82], [999], 50),
         ("1", [0], [0], 1),
     ],
 )
@@ -43,12 +44,15 @@ def test_ddim_without_a_stride_says_which_counts_work():
         ("ddim", "neither a count"),
         ("10,", "neither a count"),
         ("0", "at least 1 step"),
+        (0, "at least 1 step"),
         ([5, -1], "at least 1 step"),
     ],
 )
 def test_bad_respacing(counts, message):
     with pytest.raises(ValueError, match=message):
         space_timesteps(1000, counts)
+    with pytest.raises(ValueError, match=message):
+        create_diffusion(counts)
 
 
 def test_respaced_betas_golden():
@@ -62,7 +66,7 @@ def test_respaced_chain_keeps_alpha_bars():
     assert (spaced.num_timesteps, spaced.original_num_steps, len(spaced.use_timesteps)) == (50, 1000, 50)
 
 
-@pytest.mark.parametrize("everything", [None, "", "1000", [1000]])
+@pytest.mark.parametrize("everything", [None, "", "1000", 1000, [1000]])
 def test_no_respacing_is_the_whole_chain(everything):
     assert create_diffusion(everything).timestep_map == list(range(1000))
 

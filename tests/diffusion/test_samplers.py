@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from ditfast.diffusion import create_diffusion
+from ditfast.diffusion import ClassifierFreeGuidance, TwoNetworkGuidance, create_diffusion
 
 
 @pytest.mark.parametrize(
@@ -167,17 +167,33 @@ class Shrink(torch.nn.Module):
         super().__init__()
         self.factor = torch.nn.Parameter(torch.full((1,), 0.1, device=device))
 
-    def forward(self, x, t):
+    def forward(self, x, t, y=None):
         return self.factor * x
 
 
-@pytest.mark.parametrize("as_method", [False, True])
-def test_noise_is_drawn_on_the_models_device(as_method):
-    network = Shrink("meta")
-    steps = create_diffusion("5", learn_sigma=False).p_sample_loop_progressive(
-        network.forward if as_method else network, (2, 3)
-    )
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda network: network,
+        lambda network: network.forward,
+        lambda network: ClassifierFreeGuidance(network, 2.0, 5),
+        lambda network: TwoNetworkGuidance(network.forward, network, 1.0, 5),
+        lambda network: TwoNetworkGuidance(ClassifierFreeGuidance(network, 2.0, 5), network, 1.0, 5).__call__,
+    ],
+)
+def test_noise_is_drawn_on_the_models_device(wrap):
+    process = create_diffusion("5", learn_sigma=False)
+    kwargs = {"y": torch.zeros(2, dtype=torch.int64, device="meta")}
+    steps = process.p_sample_loop_progressive(wrap(Shrink("meta")), (2, 3), model_kwargs=kwargs)
     assert next(steps)["sample"].device.type == "meta"
+
+
+def test_a_module_without_parameters_samples_on_the_default_device():
+    class Halve(torch.nn.Module):
+        def forward(self, x, t):
+            return x / 2
+
+    assert create_diffusion("5", learn_sigma=False).p_sample_loop(Halve(), (2, 3)).isfinite().all()
 
 
 def test_progress_shows_a_bar(capsys):

@@ -3,14 +3,20 @@
 import pytest
 import torch
 
-from ditfast.diffusion import SCHEDULES, betas_for_alpha_bar, get_beta_schedule, get_named_beta_schedule
+from ditfast.diffusion import (
+    SCHEDULES,
+    betas_for_alpha_bar,
+    create_diffusion,
+    get_beta_schedule,
+    get_named_beta_schedule,
+)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_named_schedules_are_float64_betas(name):
     betas = get_named_beta_schedule(name, 200)
     assert betas.dtype == torch.float64 and betas.shape == (200,)
-    assert bool(((betas > 0) & (betas <= 1)).all()) and bool((betas.diff() >= 0).all())
+    assert bool(((betas > 0) & (betas < 1)).all()) and bool((betas.diff() >= 0).all())
 
 
 def test_linear_alpha_bar_golden():
@@ -57,7 +63,18 @@ def test_unknown_name_says_nearest_and_all():
         get_named_beta_schedule("lineer", 1000)
 
 
-@pytest.mark.parametrize(("steps", "message"), [(0, "at least 1 step"), (10, "T >= 20")])
-def test_too_few_steps(steps, message):
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name not in ("jsd", "squaredcos_cap_v2")])
+@pytest.mark.parametrize(
+    ("steps", "message"), [(0, "at least 1 step"), (10, "T > 20"), (20, "is 1 for T = 20.*T > 20")]
+)
+def test_too_few_steps(name, steps, message):
     with pytest.raises(ValueError, match=message):
-        get_named_beta_schedule("linear", steps)
+        get_named_beta_schedule(name, steps)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps", [21, 100])
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
+def test_a_whole_chain_of_every_schedule_is_finite(name, steps, loop):
+    process = create_diffusion("", name, learn_sigma=False, diffusion_steps=steps)
+    assert bool(getattr(process, loop)(lambda x, t: 0.9 * x, (4, 3)).isfinite().all())

@@ -18,7 +18,7 @@ def seeded(seed=0):
 
 @pytest.fixture
 def process():
-    return create_diffusion("", diffusion_steps=20)
+    return create_diffusion("20")
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ import sys, torch, torch.distributed as dist
 from ditfast.diffusion import create_diffusion, create_named_schedule_sampler
 rank, store = int(sys.argv[1]), dist.TCPStore("127.0.0.1", int(sys.argv[2]), 2, sys.argv[1] == "0")
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-sampler = create_named_schedule_sampler("loss-second-moment", create_diffusion("", diffusion_steps=20))
+sampler = create_named_schedule_sampler("loss-second-moment", create_diffusion("20"))
 ts, losses = ([3, 5, 3], [1.0, 2.0, 3.0]) if rank == 0 else ([7], [4.0])
 sampler.update_with_local_losses(torch.tensor(ts), torch.tensor(losses))
 history = sampler.state_dict()["history"]

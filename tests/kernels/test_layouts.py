@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ditfast.kernels import OPS, adaln_modulate, parity
+from ditfast.kernels import OPS, adaln_modulate, attention_qkvpacked, parity
+from ditfast.kernels.attention import _aligned
 
 KERNELS = [pytest.param(spec, id=spec.name) for spec in OPS if "triton" in spec.op.backends]
 
@@ -56,6 +57,38 @@ def test_chunks_of_one_modulation_are_read_in_place_and_graded_together(device, 
     adaln_modulate(x, *apart, backend="triton").sum().backward()
     assert torch.equal(modulation.grad[:, 3 * 48 : 5 * 48], torch.cat([t.grad for t in apart], dim=1))
     assert not modulation.grad[:, : 3 * 48].any() and not modulation.grad[:, 5 * 48 :].any()
+
+
+@pytest.mark.parametrize(
+    ("view", "copied"),
+    (
+        (lambda x: x, False),
+        (lambda x: x[:, :, 0:2, 8:24], False),
+        (lambda x: x.transpose(1, 2), False),
+        (lambda x: x.flatten()[1 : 1 + 2 * 3 * 4 * 8].view(2, 3, 4, 8), True),
+        (lambda x: x[..., 1:25], True),
+        (lambda x: x[..., :20].contiguous()[..., :16], True),
+        (lambda x: x.mT, True),
+    ),
+)
+def test_sdpa_on_a_gpu_is_given_aligned_rows(view, copied, device):
+    tensor = view(torch.randn(2, 5, 4, 24, device=device).bfloat16())
+    aligned = _aligned(tensor)
+    assert torch.equal(aligned, tensor)
+    assert (aligned.data_ptr() != tensor.data_ptr()) is copied
+    assert aligned.data_ptr() % 16 == 0 and aligned.is_contiguous() is (copied or tensor.is_contiguous())
+
+
+def test_sdpa_copies_misaligned_views_on_a_gpu_only(monkeypatch):
+    qkv = torch.randn(2, 5, 3, 4, 25)[..., 1:]
+    given, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: given.extend(a) or sdpa(*a, **k)
+    )
+    expected = attention_qkvpacked(qkv, backend="sdpa")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    torch.testing.assert_close(attention_qkvpacked(qkv, backend="sdpa"), expected)
+    assert [t.transpose(1, 2).is_contiguous() for t in given] == [False] * 3 + [True] * 3
 
 
 INT64_SCRIPT = """
