@@ -1,7 +1,7 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer: each makes its virtual environment on first use.
 PYTHON ?= python3
 VENV ?= .venv
-# What a machine without PyTorch gets: one CPU build, pinned, since a bare `torch` pulls gigabytes of CUDA.
+# What a machine without PyTorch gets, pip options included; pinned, so that no other package pulls another in.
 TORCH ?= torch==2.13.0
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml setup.py
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
 		echo "using the PyTorch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
 	else \
-		$(PYTHON) -m venv $(VENV) && $(RUN) -m pip install -q "$(TORCH)"; \
+		$(PYTHON) -m venv $(VENV) && $(RUN) -m pip install -q $(TORCH); \
 	fi
 	$(RUN) -m pip install -q -e ".[dev]"
 	@touch $@

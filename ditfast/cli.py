@@ -19,23 +19,13 @@ USAGE = """usage: ditfast COMMAND [options]
 """
 
 
-def _preset(arguments: list[str], default: str) -> tuple[str | None, list[str]]:
-    """Takes --preset off a command line; without it, and without --config, the default."""
-    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    pre.add_argument("--preset")
-    found, rest = pre.parse_known_args(arguments)
-    configured = any(a == "--config" or a.startswith("--config=") for a in rest)
-    return found.preset or (None if configured else default), rest
-
-
 def _train(arguments: list[str]) -> int:
-    from ditfast.config import PRESETS, parse_config
+    from ditfast.config import parse_config
     from ditfast.logs import setup_logging
     from ditfast.train import train
 
-    base, rest = _preset(arguments, "digits")
-    description = f"Train a DiT. --preset NAME sets the defaults: {', '.join(PRESETS)}. Without one: digits."
-    config = parse_config(rest, base, prog="ditfast train", description=description)
+    description = "Train a DiT, or continue the run in --out. Without a preset: digits."
+    config = parse_config(arguments, "digits", prog="ditfast train", description=description)
     setup_logging()
     train(config)
     return 0
@@ -46,8 +36,7 @@ def _demo(arguments: list[str]) -> int:
     from ditfast.demo import demo
     from ditfast.logs import setup_logging
 
-    base, rest = _preset(["--out=runs/demo", *arguments], "digits")
-    config = parse_config(rest, base, prog="ditfast demo")
+    config = parse_config(["--out=runs/demo", *arguments], "digits", prog="ditfast demo")
     setup_logging()
     passed = demo(config)
     print((Path(config.out) / "report.md").read_text())
@@ -68,6 +57,7 @@ def _sample(arguments: list[str]) -> int:
     pre.add_argument("--seed", type=int, default=0)
     pre.add_argument("--device", default="auto")
     pre.add_argument("--precision", help="fp32, bf16, ...; the run's own by default")
+    pre.add_argument("--config", help="for a weight file: the YAML of the run that it was exported from")
     pre.add_argument("--unconditional", help="weights of a second network that guides the first (two-network guidance)")
     pre.epilog = "Options of the sampler, by default the run's: " + ", ".join(f"--{key}" for key in keys(SampleConfig))
     options, rest = pre.parse_known_args(arguments)
@@ -75,13 +65,12 @@ def _sample(arguments: list[str]) -> int:
         raise ConfigError(f"--count must be positive, got {options.count}")
     setup_logging()
     device = pick_device(options.device)
-    config = sampling.config_of(options.weights)
-    config = dataclasses.replace(config, sample=parse_sample(rest, config.sample))
-    network = sampling.load_network(options.weights, config, device, options.precision)
+    weights = sampling.open_weights(options.weights, options.config)
+    config = dataclasses.replace(weights.config, sample=parse_sample(rest, weights.config.sample))
+    network = sampling.load_network(weights, device, options.precision, config.sample.ema)
     uncond = None
     if options.unconditional:
-        second = sampling.config_of(options.unconditional)
-        uncond = sampling.load_network(options.unconditional, second, device, options.precision)
+        uncond = sampling.load_network(sampling.open_weights(options.unconditional), device, options.precision)
     labels = sampling.cycle_labels(options.count, options.classes, network.num_classes)
     started = time.perf_counter()
     samples = sampling.draw(
@@ -95,21 +84,23 @@ def _sample(arguments: list[str]) -> int:
 
 def _export(arguments: list[str]) -> int:
     from ditfast import convert
+    from ditfast.config import ConfigError
     from ditfast.distributed import pick_device
-    from ditfast.sample import config_of, load_network
+    from ditfast.sample import load_network, open_weights
 
     options = argparse.ArgumentParser(
         prog="ditfast export", description="Write a run's weights as the official code reads them."
     )
     options.add_argument("weights", help="a run's directory or one of its step-... directories")
-    options.add_argument("file", type=Path, help="the .pt file to write")
+    options.add_argument("file", type=Path, help="the file to write, .pt, .pth or .safetensors")
     options.add_argument("--ema", type=float, help="EMA rate; the first by default, 0 for the raw weights")
     given = options.parse_args(arguments)
-    config = config_of(given.weights)
-    config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, ema=given.ema))
-    network = load_network(given.weights, config, pick_device("cpu"), "fp32")
+    weights = open_weights(given.weights)
+    if weights.config.model.block != "adaln_zero":
+        raise ConfigError(f"the official DiT has no block {weights.config.model.block!r}, only adaln_zero is exported")
+    network = load_network(weights, pick_device("cpu"), "fp32", given.ema)
     convert.export_official(given.file, network.model.state_dict())
-    print(given.file)
+    print(f"{given.file} (weights alone; the diffusion and the sampler stay in {given.weights}/config.yaml)")
     return 0
 
 
@@ -151,6 +142,15 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(f"ditfast: unknown command {name!r}{nearest(name, COMMANDS)}\n\n{USAGE}", file=sys.stderr)
         return 2
+    try:
+        return _run(name, rest)
+    except KeyboardInterrupt:
+        print("ditfast: interrupted; what was saved before is whole", file=sys.stderr)
+        return 130
+
+
+def _run(name: str, rest: list[str]) -> int:
+    """A sub-command, its errors as one line."""
     from ditfast.checkpoint import CheckpointError
     from ditfast.stopping import Interrupted
     from ditfast.train import TrainingError
@@ -159,9 +159,6 @@ def main(arguments: list[str] | None = None) -> int:
         return COMMANDS[name](rest)
     except Interrupted as stop:
         print(f"ditfast: {stop}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("ditfast: interrupted; what was saved before is whole", file=sys.stderr)
         return 130
     except (ValueError, OSError, CheckpointError, TrainingError) as error:
         print(f"ditfast: error: {error}", file=sys.stderr)

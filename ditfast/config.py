@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -167,6 +168,19 @@ class TrainConfig:
     tensorboard: bool = True
 
 
+POSITIVE, BELOW_ONE, ANY = 5e-324, 1 - 1e-12, float("inf")
+LIMITS: dict[str, tuple[float, float]] = {  # the smallest and the largest value of what is not free
+    "seed": (0, 2**63 - 1), "data.workers": (0, ANY), "data.image_size": (1, ANY),
+    "optim.lr": (POSITIVE, ANY), "optim.beta1": (0, BELOW_ONE), "optim.beta2": (0, BELOW_ONE), "optim.eps": (0, ANY),
+    "optim.weight_decay": (0, ANY), "optim.warmup_steps": (0, ANY), "optim.clip_norm": (0, ANY),
+    "optim.ema_rates": (POSITIVE, BELOW_ONE),
+    "train.steps": (1, ANY), "train.batch_size": (1, ANY), "train.accumulate": (1, ANY), "train.log_every": (1, ANY),
+    "train.sample_every": (0, ANY), "train.save_every": (1, ANY), "train.keep": (1, ANY),
+    "sample.steps": (1, ANY), "sample.batch_size": (1, ANY), "sample.guidance_scale": (0, ANY), "sample.eta": (0, 1),
+    "sample.guidance_channels": (1, ANY), "sample.guidance_interval": (0, 1),
+}  # fmt: skip
+
+
 @dataclass
 class RunConfig:
     """Everything that defines a run; saved with it as config.yaml."""
@@ -184,22 +198,18 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         checked_precision(self.train.precision)
-        positive = {
-            "train.batch_size": self.train.batch_size,
-            "train.accumulate": self.train.accumulate,
-            "train.steps": self.train.steps,
-            "train.log_every": self.train.log_every,
-            "train.keep": self.train.keep,
-            "sample.batch_size": self.sample.batch_size,
-            "sample.steps": self.sample.steps,
-            "optim.lr": self.optim.lr,
-        }
-        for name, value in positive.items():
-            if not value > 0:
-                raise ConfigError(f"{name} must be positive, got {value}")
-        for rate in self.optim.ema_rates:
-            if not 0 < rate < 1:
-                raise ConfigError(f"optim.ema_rates must lie in (0, 1), got {rate}")
+        for key, (low, high) in LIMITS.items():
+            section, _, name = key.rpartition(".")
+            value = getattr(getattr(self, section) if section else self, name)
+            for number in value if isinstance(value, list | tuple) else [value]:
+                if number is not None and not low <= number <= high:
+                    bounds = f"at least {low:g}" if high == ANY else f"in {low:g} .. {high:g}"
+                    raise ConfigError(f"{key} must be {bounds}, got {value}")
+        if not self.out:
+            raise ConfigError("out is empty; name the run's directory, for instance --out runs/mine")
+        interval = self.sample.guidance_interval
+        if interval is not None and not interval[0] < interval[1]:
+            raise ConfigError(f"sample.guidance_interval must be [low, high] with low < high, got {list(interval)}")
         if self.optim.warmup_steps > self.train.steps:
             raise ConfigError(
                 f"optim.warmup_steps {self.optim.warmup_steps} exceeds train.steps {self.train.steps}: "
@@ -250,7 +260,7 @@ def nearest(word: str, known: Any) -> str:
 def preset(name: str) -> dict[str, Any]:
     """The overrides of a preset, by dotted key; ConfigError names the nearest one for an unknown name."""
     if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}{nearest(name, PRESETS)} Known: {', '.join(PRESETS)}")
+        raise ConfigError(f"unknown preset {name!r}{nearest(name, PRESETS) or '; known: ' + ', '.join(PRESETS)}")
     return PRESETS[name]
 
 
@@ -265,17 +275,50 @@ def keys(cls: Any = RunConfig, prefix: str = "") -> list[str]:
     return found
 
 
-def parse_config(arguments: list[str], base: str | None = None, **kwargs: Any) -> RunConfig:
-    """The configuration of a command line (`--optim.lr 1`, `--config FILE`, `--print_config`) over a preset's values.
+def parse_config(arguments: list[str], default: str | None = None, **kwargs: Any) -> RunConfig:
+    """The configuration of a command line: `--optim.lr 1`, over `--config FILE`s, over a preset, `--print_config`.
 
-    Raises ConfigError; for an unknown key it names the nearest known one. `kwargs` go to the parser.
+    The preset is that of `--preset`, or of a file's `preset:`, or the default. Raises ConfigError; for an unknown key
+    it names the nearest known one. `kwargs` go to the parser.
     """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    peek.add_argument("--preset")
+    peek.add_argument("--config", action="append", default=[])
+    try:
+        given, _ = peek.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}; presets: {', '.join(PRESETS)}") from error
+    named = [tree["preset"] for tree in map(_read_yaml, given.config) if tree.get("preset")]
+    base = given.preset or (named[-1] if named else default)
+    made = _run_parser(base, **kwargs)
+    return _instantiate(made, lambda: made.parse_args(arguments), RunConfig)
+
+
+def config_from(tree: dict[str, Any]) -> RunConfig:
+    """The configuration that a checkpoint holds as JSON. Raises ConfigError where this ditfast knows other options."""
+    made = _run_parser(None)
+    return _instantiate(made, lambda: made.parse_object(tree), RunConfig)
+
+
+def _run_parser(base: str | None, **kwargs: Any) -> jsonargparse.ArgumentParser:
     made = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False, **kwargs)
+    made.add_argument("--preset", help=f"sets the defaults: {', '.join(PRESETS)}")
     made.add_argument("--config", action="config", help="a YAML file of options; those after it on the line win")
     made.add_class_arguments(RunConfig, as_group=False)
     if base is not None:
         made.set_defaults(preset(base))
-    return _parse(made, arguments, RunConfig)
+    return made
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    """The options in a file; ConfigError names the file where it cannot be read as such."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"the configuration file {path} holds {type(tree).__name__}, expected options (`key: value`)")
+    return tree
 
 
 def parse_sample(arguments: list[str], default: SampleConfig) -> SampleConfig:
@@ -283,12 +326,12 @@ def parse_sample(arguments: list[str], default: SampleConfig) -> SampleConfig:
     made = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False, prog="ditfast sample")
     made.add_class_arguments(SampleConfig, as_group=False)
     made.set_defaults(dataclasses.asdict(default))
-    return _parse(made, arguments, SampleConfig)
+    return _instantiate(made, lambda: made.parse_args(arguments), SampleConfig)
 
 
-def _parse(made: jsonargparse.ArgumentParser, arguments: list[str], cls: Any) -> Any:
+def _instantiate(made: jsonargparse.ArgumentParser, parse: Callable[[], Any], cls: Any) -> Any:
     try:
-        parsed = made.instantiate(made.parse_args(arguments))
+        parsed = made.instantiate(parse())
     except argparse.ArgumentError as error:
         raise ConfigError(_explain(str(error), keys(cls))) from error
     return cls(**{f.name: parsed[f.name] for f in dataclasses.fields(cls)})
@@ -309,8 +352,6 @@ def differences(theirs: dict[str, Any], ours: RunConfig) -> dict[str, tuple[Any,
 
 def load_config(path: str | Path) -> RunConfig:
     """The configuration in a YAML file, as `save_config` writes it."""
-    if not Path(path).is_file():
-        raise ConfigError(f"there is no configuration file {path}")
     return parse_config(["--config", str(path)])
 
 

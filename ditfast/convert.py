@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from ditfast.layers.dit import SIZES
@@ -158,15 +159,21 @@ def fit_state_dict(
 def export_official(path: str | Path, state: Mapping[str, Tensor], ema: Mapping[str, Tensor] | None = None) -> None:
     """Write weights as the official code reads them: fp32, in its order, a bare dict, or {model, ema} with `ema` given.
 
-    The file appears whole or not at all. Raises ConvertError for weights that are not those of an adaLN-Zero DiT.
+    A .safetensors file holds one set of weights. The file appears whole or not at all. Raises ConvertError for weights
+    that are not those of an adaLN-Zero DiT, and for another suffix.
     """
     path = Path(path)
+    if path.suffix not in (".pt", ".pth", ".safetensors") or (path.suffix == ".safetensors" and ema is not None):
+        raise ConvertError(f"cannot write weights to {path}: use .pt or .pth, or .safetensors for one set of weights")
     content: dict[str, Any] = _official(state) if ema is None else {"model": _official(state), "ema": _official(ema)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save(content, file)
+            if path.suffix == ".safetensors":
+                file.write(to_safetensors(content))
+            else:
+                torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

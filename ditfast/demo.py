@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditfast.config import RunConfig
+from ditfast import checkpoint
+from ditfast.config import ConfigError, RunConfig
 from ditfast.data import Digits
 from ditfast.distributed import pick_device
 from ditfast.logs import log
-from ditfast.sample import config_of, cycle_labels, draw, load_network, write
+from ditfast.sample import cycle_labels, draw, load_network, open_weights, write
 from ditfast.train import train
 
 COUNT = 400
@@ -43,17 +44,19 @@ class Judgement:
 def demo(config: RunConfig) -> bool:
     """Trains, samples, judges and writes everything under `config.out`. True if the samples meet the bar."""
     out = Path(config.out)
-    started = time.perf_counter()
+    if config.data.kind != "digits":
+        raise ConfigError(f"the demo judges digits, not data.kind {config.data.kind!r}; use ditfast train and sample")
+    fresh, started = checkpoint.latest(out) is None, time.perf_counter()
     train(config)
     trained = time.perf_counter()
-    network = load_network(out, config_of(out), pick_device(config.device))
+    network = load_network(open_weights(out), pick_device(config.device), ema=config.sample.ema)
     labels = cycle_labels(COUNT, None, 10).sort().values
     samples = draw(network, config, labels, seed=config.seed)
     sampled = time.perf_counter()
     write(out, samples, labels)
     judgement = judge(samples, labels)
     loss_curve(out / "log.jsonl", out / "loss.png")
-    (out / "report.md").write_text(report(config, judgement, trained - started, sampled - trained))
+    (out / "report.md").write_text(report(config, judgement, trained - started if fresh else None, sampled - trained))
     log.info("read %s", ", ".join(str(out / n) for n in ("report.md", "grid.png", "samples.npz", "loss.png")))
     return judgement.passed
 
@@ -111,7 +114,8 @@ def loss_curve(records: Path, path: Path) -> None:
     pyplot.close(figure)
 
 
-def report(config: RunConfig, judged: Judgement, train_seconds: float, sample_seconds: float) -> str:
+def report(config: RunConfig, judged: Judgement, train_seconds: float | None, sample_seconds: float) -> str:
+    took = "" if train_seconds is None else f" in {train_seconds:.0f} s"
     per_class = " ".join(f"{k}: {share:.0%}" for k, share in enumerate(judged.per_class))
     return f"""# Digits demo: {"passed" if judged.passed else "FAILED"}
 
@@ -120,7 +124,7 @@ def report(config: RunConfig, judged: Judgement, train_seconds: float, sample_se
 - By class: {per_class} (required: {REQUIRED_WORST:.0%} each).
 - Not copies: a sample is {judged.sample_distance:.1f} grey levels from its nearest training image (median), a held-out
   real digit {judged.heldout_distance:.1f}.
-- Trained {config.train.steps} steps of {config.train.batch_size} in {train_seconds:.0f} s ({config.train.precision});
+- Trained {config.train.steps} steps of {config.train.batch_size}{took} ({config.train.precision});
   sampled in {sample_seconds:.0f} s ({config.sample.sampler.upper()}, {config.sample.steps} steps, guidance
   {config.sample.guidance_scale}).
 

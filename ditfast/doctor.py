@@ -31,10 +31,6 @@ PACKAGES = (
     Package("matplotlib", "matplotlib", "the demo's loss curve", "pip install matplotlib"),
     Package("diffusers", "diffusers", "VAE, pipelines", "pip install diffusers"),
     Package("torchdiffeq", "torchdiffeq", "adaptive ODE samplers", "pip install torchdiffeq"),
-    Package(
-        "flash-attn", "flash_attn", "attention backend", "pip install flash-attn --no-build-isolation (needs CUDA)"
-    ),
-    Package("xformers", "xformers", "attention backend", "pip install xformers (needs CUDA)"),
     Package("nvidia-ml-py", "pynvml", "clocks and power in benches", "pip install nvidia-ml-py"),
 )
 

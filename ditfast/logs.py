@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from ditfast.config import Precision
@@ -160,7 +160,7 @@ class Recorder:
 
             self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
         self.progress = Progress(
-            TextColumn("train"), BarColumn(bar_width=12), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("train"), BarColumn(bar_width=12), MofNCompleteColumn(),
             TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
@@ -215,7 +215,7 @@ def summary(record: dict[str, Any]) -> str:
 
 def _drop_records_after(path: Path, step: int) -> None:
     """A resumed run repeats the steps after its checkpoint; their first records go, so that each step is there once."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if _is_record_until(line, step)]
     if kept != lines:
         # Renamed into place: a full disk must not cost the log.

@@ -18,6 +18,7 @@ from ditfast.config import (
     Precision,
     RunConfig,
     checked_precision,
+    config_from,
     load_config,
 )
 from ditfast.diffusion import ClassifierFreeGuidance, SpacedDiffusion, TwoNetworkGuidance
@@ -45,48 +46,71 @@ class Network:
         return predictor(self.model, self.precision, self.device)(x, t, **kwargs)
 
 
-def config_of(path: str | Path) -> RunConfig:
-    """The configuration behind weights: a run's, for its directory or a checkpoint's; what an official file tells."""
-    path = Path(path)
-    if path.is_dir():
-        run = path.parent if path.name.startswith("step-") else path
-        return load_config(run / "config.yaml")
-    found = convert.infer_config(convert.load_official(path)[0])
-    name = found.pop("preset")
-    if name is None or found["input_size"] is None:
-        raise ConfigError(f"{path} is no published size of DiT, so its heads and height are unknown: {found}")
-    return RunConfig(model=ModelConfig(**found | {"input_size": (found["input_size"],) * 2}))
+@dataclass
+class Weights:
+    """Tensors by group, and the configuration that they belong to, as `open_weights` found them."""
+
+    config: RunConfig
+    groups: dict[str, dict[str, Tensor]]
+    origin: str
 
 
-def load_network(path: str | Path, config: RunConfig, device: torch.device, precision: str | None = None) -> Network:
-    """The weights at `path` as a network: the EMA that `config.sample.ema` names, in the run's precision or another.
+def open_weights(path: str | Path, config: str | Path | None = None) -> Weights:
+    """Reads a run's newest sound checkpoint, one of its step-... directories, or an official file.
 
-    An official file (.pt, .safetensors) gives its ema where it has one, else its only weights.
+    A checkpoint carries its configuration. An official file (.pt, .safetensors; its ema where it has one) tells only
+    the shapes of a published size, trained with the official diffusion; for others `config` names a run's YAML.
     Raises CheckpointError, ConvertError or ConfigError.
     """
+    path = Path(path)
+    if path.is_dir():
+        if config is not None:
+            raise ConfigError(f"{path} is a run, which carries its configuration; --config is for files")
+        loaded = checkpoint.load(path)
+        return Weights(config_from(loaded.state["config"]), loaded.tensors, f"step {loaded.step} of {loaded.path}")
+    state, info = convert.load_official(path)
+    origin = f"{path} ({info['which']})"
+    if config is not None:
+        return Weights(load_config(config), {"model": state}, origin)
+    found = convert.infer_config(state)
+    name = found.pop("preset")
+    if name is None or found["input_size"] is None:
+        raise ConfigError(
+            f"{path} is no published size of DiT, so its heads and height are unknown; "
+            "name the configuration of its run, --config runs/.../config.yaml"
+        )
+    model = ModelConfig(**found | {"input_size": (found["input_size"],) * 2})
+    return Weights(RunConfig(model=model), {"model": state}, origin)
+
+
+def load_network(
+    weights: Weights, device: torch.device, precision: str | None = None, ema: float | None = None
+) -> Network:
+    """The network of `weights`, in its run's precision or another, with the EMA of rate `ema`.
+
+    None takes the run's first EMA, 0 the raw weights. Raises ConvertError or ConfigError.
+    """
+    config = weights.config
     policy = PRECISIONS[checked_precision(precision or config.train.precision)]
-    weights = _run_weights(Path(path), config) if Path(path).is_dir() else convert.load_official(path)[0]
+    group = _group(weights, ema)
+    log.info("%s weights of %s", group, weights.origin)
     model = build_model(config.model)
     own = model.state_dict()
     # A run's checkpoint holds trainable tensors only; the frozen position table is the model's own.
-    state, notes = convert.fit_state_dict({"pos_embed": own["pos_embed"]} | weights, own)
+    state, notes = convert.fit_state_dict({"pos_embed": own["pos_embed"]} | weights.groups[group], own)
     for note in notes:
-        log.info("%s: %s", path, note)
+        log.info("%s: %s", weights.origin, note)
     model.load_state_dict(state)
     return Network(policy.apply(model.to(device)).eval().requires_grad_(False), policy, device)
 
 
-def _run_weights(path: Path, config: RunConfig) -> dict[str, Tensor]:
-    loaded = checkpoint.load(path)
-    rate = config.sample.ema
-    if rate is None:
-        rate = next(iter(config.optim.ema_rates), 0)
-    group = ema_group(rate) if rate else "model"
-    if group not in loaded.tensors:
-        kept = ", ".join(map(str, config.optim.ema_rates)) or "none"
-        raise ConfigError(f"ema {rate}: {loaded.path} keeps EMAs of rates {kept}, and 0 for the raw weights")
-    log.info("%s weights of step %d from %s", group, loaded.step, loaded.path)
-    return loaded.tensors[group]
+def _group(weights: Weights, ema: float | None) -> str:
+    kept = [rate for rate in weights.config.optim.ema_rates if ema_group(rate) in weights.groups]
+    rate = next(iter(kept), 0.0) if ema is None else ema
+    if rate and rate not in kept:
+        rates = ", ".join(map(str, kept)) or "none"
+        raise ConfigError(f"ema {rate}: {weights.origin} keeps EMAs of rates {rates}, and 0 for the raw weights")
+    return ema_group(rate) if rate else "model"
 
 
 class SampleNoise:

@@ -31,8 +31,9 @@ from ditfast.reproducibility import (
 from ditfast.sample import Network, prepare, preview
 from ditfast.stopping import Interrupted, stop_requests
 
-# The options that decide a run's numbers; resuming under others is another run.
-NUMBERS = ("seed", "model.", "diffusion.", "data.kind", "data.flip", "optim.", "train.batch_size", "train.precision")
+# The options that a checkpoint cannot go on without, and the further ones that decide a run's numbers.
+IDENTITY = ("model.", "diffusion.", "optim.ema_rates")
+NUMBERS = (*IDENTITY, "seed", "data.kind", "data.flip", "optim.", "train.batch_size", "train.precision")
 SMALLEST_SCALE = 2.0**-14  # a loss scale below it means that the forward itself overflows
 
 
@@ -125,7 +126,7 @@ class Trainer:
     def run(self) -> str | None:
         """Steps until the end, or until a signal asks to stop: then the reason, for the user."""
         config = self.config.train
-        if self.world.is_main:
+        if self.world.is_main and self.step_done < config.steps:
             save_config(self.config, self.out / "config.yaml")
         self._announce()
         with stop_requests() as requests:
@@ -260,9 +261,9 @@ class Trainer:
             for key, (theirs, ours) in differences(loaded.state["config"], self.config).items()
             if key.startswith(NUMBERS)
         }
-        if models := [text for key, text in changed.items() if key.startswith("model.")]:
+        if others := [text for key, text in changed.items() if key.startswith(IDENTITY)]:
             raise ConfigError(
-                f"{loaded.path} belongs to another model ({'; '.join(models)}); give the same model, or another out="
+                f"{loaded.path} belongs to another run ({'; '.join(others)}); give the same options, or another out"
             )
         if changed:
             log.warning("%s was trained with other options (%s)", loaded.path, "; ".join(changed.values()))
@@ -279,7 +280,8 @@ class Trainer:
     def _start_from(self, model: torch.nn.Module, path: str) -> None:
         if checkpoint.latest(self.out) is not None:
             return
-        state, _ = convert.load_official(path)
+        state, info = convert.load_official(path)
+        log.info("starting from %s (%s)", path, info["which"])
         state, notes = convert.fit_state_dict(state, model)
         model.load_state_dict(state)
         for note in notes:

@@ -137,10 +137,10 @@ class TestConfiguration:
             train(tiny_run(overrides={"device": "cuda:0"}))
 
     @pytest.mark.parametrize("options, message", [
-        ({"model.hidden_size": 16}, "belongs to another model .model.hidden_size: 32 there, 16 here"),
+        ({"model.hidden_size": 16}, "belongs to another run .model.hidden_size: 32 there, 16 here"),
         ({"model.block": "adaln"}, "model.block: adaln_zero there, adaln here"),
-        ({"optim.ema_rates": [0.5]}, "the checkpoint has no group 'ema-0.5'"),
-        ({"diffusion.timestep_sampler": "loss-second-moment"}, "the state of another timestep sampler"),
+        ({"optim.ema_rates": [0.5]}, r"optim.ema_rates: \[0.9\] there, \[0.5\] here"),
+        ({"diffusion.timestep_sampler": "loss-second-moment"}, "timestep_sampler: uniform there, loss-second-moment"),
     ])  # fmt: skip
     def test_of_another_run(self, options, message, begun, tiny_run):
         config = begun()

@@ -1,6 +1,7 @@
 """Options, presets, files and precision policies."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ditfast.config import (
     ConfigError,
     RunConfig,
     SampleConfig,
+    config_from,
     keys,
     load_config,
     parse_config,
@@ -66,8 +68,15 @@ def test_every_preset_key_exists():
         (["--train.precision", "bf61"], "precision must be one of .* got 'bf61'. Did you mean 'bf16'?"),
         (["--optim.lr", "fast"], "optim.lr.*float.*fast"),
         (["--model.block", "adaln-zero"], "model.block.*adaln_zero.*adaln-zero"),
-        (["--train.steps", "0"], "train.steps must be positive, got 0"),
-        (["--optim.ema_rates", "[1.5]"], r"optim.ema_rates must lie in \(0, 1\), got 1.5"),
+        (["--train.steps", "0"], "train.steps must be at least 1, got 0"),
+        (["--optim.ema_rates", "[1.5]"], r"optim.ema_rates must be in .* got \[1.5\]"),
+        (["--train.save_every", "0"], "train.save_every must be at least 1, got 0"),
+        (["--optim.clip_norm", "-1"], "optim.clip_norm must be at least 0, got -1"),
+        (["--optim.beta1", "2"], r"optim.beta1 must be in 0 .. 1, got 2"),
+        (["--seed", "-1"], "seed must be in 0 .. 9.22337e[+]18, got -1"),
+        (["--out", ""], "out is empty"),
+        (["--sample.guidance_interval", "[0.5,0.5]"], "guidance_interval must be .* low < high"),
+        (["--preset"], "expected one argument; presets: digits"),
         (["--optim.warmup_steps", "9999"], "optim.warmup_steps 9999 exceeds train.steps 1000"),
     ],
 )
@@ -123,3 +132,25 @@ def test_defaults_are_the_published_recipe():
     optim = config.optim
     assert (optim.lr, optim.beta1, optim.beta2, optim.weight_decay, optim.warmup_steps) == (1e-4, 0.9, 0.999, 0.0, 0)
     assert (optim.ema_rates, optim.clip_norm, config.train.batch_size) == ([0.9999], 0.0, 256)
+
+
+def test_a_file_may_name_a_preset(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("preset: DiT-S/8\noptim:\n  lr: 0.5\n")
+    config = parse_config(["--config", str(file)], "digits")
+    assert (config.model.hidden_size, config.model.patch_size, config.optim.lr) == (384, 8, 0.5)
+    file.write_text("optim:\n  lr: 0.5\n")
+    assert parse_config(["--config", str(file)], "digits").model.hidden_size == 128
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x81", b"a: [1,", b"- 1\n"])
+def test_a_file_that_is_no_configuration_is_named(content, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match="configuration file .*c.yaml"):
+        load_config(file)
+
+
+def test_a_checkpoints_configuration_reads_back():
+    config = parse_config(["--sample.guidance_interval", "[0.1,0.9]"], "DiT-B/4@512")
+    assert config_from(json.loads(json.dumps(dataclasses.asdict(config)))) == config

@@ -104,3 +104,13 @@ def test_unknown_name_is_an_attribute_error():
 def test_files_are_short():
     long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 400}
     assert long == {}
+
+
+def test_functions_are_short():
+    long = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and not any("jit" in ast.unparse(d) for d in node.decorator_list):
+                length = node.end_lineno - node.lineno + 1
+                long += [f"{path.name}:{node.name} {length}"] if length > 60 else []
+    assert long == []

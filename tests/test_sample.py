@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from ditfast import cli, convert, sample
 from ditfast.build import build_model
 from ditfast.config import PRECISIONS, ConfigError, ModelConfig, RunConfig, SampleConfig
 from ditfast.diffusion import ClassifierFreeGuidance, TwoNetworkGuidance
-from ditfast.sample import Network, config_of, cycle_labels, draw, load_network, preview, write
+from ditfast.sample import Network, cycle_labels, draw, load_network, open_weights, preview, write
 from ditfast.train import train
 
 CPU = torch.device("cpu")
@@ -166,8 +167,8 @@ class TestGuidance:
     @pytest.mark.parametrize("options, message", [
         ({"sampler": "ddim", "steps": 150}, "ddim150"),
         ({"sampler": "ddpm", "steps": 1001}, "cannot keep 1001 of the 1000 steps"),
-        ({"guidance_interval": (0.5, 0.5)}, "lo < hi"),
-        ({"guidance_scale": -1.0}, "guidance scale must be a finite number >= 0"),
+        ({"guidance_interval": (0.5, 0.5)}, "low < high"),
+        ({"guidance_scale": -1.0}, "sample.guidance_scale must be at least 0, got -1.0"),
     ])  # fmt: skip
     def test_what_cannot_be(self, options, message):
         with pytest.raises(ValueError, match=message):
@@ -178,27 +179,24 @@ class TestWeights:
     def test_of_a_run_and_of_one_of_its_checkpoints(self, trained):
         out = Path(trained.out)
         newest, same_one, older = (
-            load_network(p, config_of(p), CPU) for p in (out, out / "step-00000004", out / "step-00000003")
+            load_network(open_weights(p), CPU) for p in (out, out / "step-00000004", out / "step-00000003")
         )
         assert same(weights(newest), weights(same_one)) and not same(weights(newest), weights(older))
         assert not any(p.requires_grad for p in newest.model.parameters()) and not newest.model.training
 
     def test_averages(self, trained):
-        configuration = config_of(trained.out)
-
         def of(rate):
-            options = dataclasses.replace(configuration.sample, ema=rate)
-            return weights(load_network(trained.out, dataclasses.replace(configuration, sample=options), CPU))
+            return weights(load_network(open_weights(trained.out), CPU, ema=rate))
 
         assert same(of(None), of(0.5)) and not same(of(0.5), of(0.9)) and not same(of(0), of(0.5))
         with pytest.raises(ConfigError, match="keeps EMAs of rates 0.5, 0.9, and 0 for the raw weights"):
             of(0.7)
 
     def test_another_precision(self, trained):
-        net = load_network(trained.out, config_of(trained.out), CPU, "bf16-fast")
+        net = load_network(open_weights(trained.out), CPU, "bf16-fast")
         assert {p.dtype for p in net.model.parameters()} == {torch.bfloat16}
         with pytest.raises(ConfigError, match="precision must be one of fp32, bf16"):
-            load_network(trained.out, config_of(trained.out), CPU, "fp8")
+            load_network(open_weights(trained.out), CPU, "fp8")
 
     def test_of_an_official_file(self, tmp_path):
         torch.manual_seed(0)
@@ -207,9 +205,10 @@ class TestWeights:
         path, state = tmp_path / "DiT-S-8.pt", model.state_dict()
         worse = {n: 2 * v for n, v in state.items()}
         torch.save({"model": worse, "ema": state, "opt": {}, "args": argparse.Namespace(lr=1)}, path)
-        configuration = config_of(path)
+        opened = open_weights(path)
+        configuration = opened.config
         assert configuration.model == ModelConfig(**S8) and configuration.diffusion.noise_schedule == "linear"
-        net = load_network(path, configuration, CPU, "fp32")
+        net = load_network(opened, CPU, "fp32")
         assert same(net.model.state_dict(), state)
         samples = draw(net, dataclasses.replace(configuration, sample=config(steps=2).sample), torch.tensor([999]))
         assert samples.shape == (1, 4, 8, 8)
@@ -217,7 +216,22 @@ class TestWeights:
     def test_of_no_published_size(self, tmp_path):
         torch.save(network().model.state_dict(), tmp_path / "w.pt")
         with pytest.raises(ConfigError, match="is no published size of DiT"):
-            config_of(tmp_path / "w.pt")
+            open_weights(tmp_path / "w.pt")
+
+    def test_a_file_of_no_published_size_with_its_configuration(self, trained, tmp_path):
+        file, run = tmp_path / "w.safetensors", Path(trained.out)
+        assert cli.main(["export", trained.out, str(file)]) == 0
+        net = load_network(open_weights(file, run / "config.yaml"), CPU)
+        assert same(weights(net), weights(load_network(open_weights(run), CPU)))
+        with pytest.raises(ConfigError, match="carries its configuration"):
+            open_weights(run, run / "config.yaml")
+
+    def test_the_checkpoints_configuration_counts(self, trained, tmp_path):
+        """Not the file beside it, which anyone may have edited or lost."""
+        copy = tmp_path / "copy"
+        shutil.copytree(trained.out, copy)
+        (copy / "config.yaml").unlink()
+        assert open_weights(copy).config == open_weights(trained.out).config
 
     @pytest.mark.parametrize("ema", [None, 0.9, 0])
     def test_export_and_start_from_it(self, ema, trained, tiny_run, tmp_path):
@@ -225,13 +239,11 @@ class TestWeights:
         assert cli.main(["export", trained.out, str(tmp_path / "w.pt"), *arguments]) == 0
         exported = convert.load_official(tmp_path / "w.pt")[0]
         assert list(exported) == convert.official_keys(2)
-        configuration = config_of(trained.out)
-        options = dataclasses.replace(configuration.sample, ema=ema)
-        net = load_network(trained.out, dataclasses.replace(configuration, sample=options), CPU, "fp32")
+        net = load_network(open_weights(trained.out), CPU, "fp32", ema)
         assert same({n: v for n, v in exported.items() if n != "pos_embed"}, weights(net))
         started = tiny_run("started", {"train.init_from": str(tmp_path / "w.pt"), "train.steps": 1, "optim.lr": 1e-30})
         train(started)
-        begun = load_network(started.out, config_of(started.out), CPU)
+        begun = load_network(open_weights(started.out), CPU)
         assert same(weights(begun), weights(net))
 
 

@@ -53,7 +53,7 @@ def build_dataset(
     given = {name: value for name, value in given.items() if value is not None}
     for name in REQUIRED:
         if name in accepted and name not in given:
-            raise DataError(f"dataset {kind!r} needs {name}")
+            raise DataError(f"dataset {kind!r} needs {name}: give data.{name}")
     dataset = make(**{name: value for name, value in given.items() if name in accepted})
     for name, value in given.items():
         own = getattr(dataset, name, None)
