@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ditfast.kernels import OPS, OpSpec, _triton
+from ditfast.kernels import OPS, OpSpec, _rows, _triton
 
 ROOT = Path(__file__).parents[1]
 LEDGER = ROOT / "bench" / "results" / "chip.json"
@@ -49,7 +49,7 @@ def normalised(source: str) -> str:
 
 def source_hash(spec: OpSpec) -> str:
     """sha256 over the op's file and the helpers that its kernels share."""
-    files = (spec.source, Path(_triton.__file__))
+    files = (spec.source, Path(_rows.__file__), Path(_triton.__file__))
     return hashlib.sha256("\n".join(normalised(file.read_text()) for file in files).encode()).hexdigest()
 
 

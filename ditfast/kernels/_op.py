@@ -25,11 +25,16 @@ class BackendError(ValueError):
 class Kernels:
     """The Triton side of an op; `Op` makes the raw ops <name>_fwd and <name>_bwd and the autograd of it.
 
-    inputs, attrs   schema of the tensors and of the other arguments: "Tensor x, Tensor scale", "float eps"
+    inputs, attrs   schema of the tensors and of the other arguments: "Tensor x, Tensor? gate", "float eps"
     outputs, saved  names of the forward's results; the saved ones are for the backward only
+    stand_ins       {"x": "x_new"}: the backward gets that output, of equal shape and dtype, and input x is not kept
+    through         {"x": "x_new"}: the gradient of x is that of this output, and the backward has no part in it
+    unread_without  {"branch": "gate"}: where gate is None the backward reads but the shape and dtype of branch, and
+                    gets an expanded scalar, so that branch is not kept
     empty(*inputs, *attrs)                            the results, not yet written
     fwd(results, *inputs, *attrs)                     writes them
-    bwd(grads, *douts, *inputs, *saved, *attrs)       writes grads, contiguous tensors like the inputs
+    bwd(grads, *douts, *inputs, *saved, *attrs)       writes grads, contiguous tensors like the inputs; without those
+                                                      in `through`, empty for an input that is None
     """
 
     inputs: str
@@ -39,6 +44,9 @@ class Kernels:
     empty: Callable[..., tuple[torch.Tensor, ...]]
     fwd: Callable[..., None]
     bwd: Callable[..., None]
+    stand_ins: Mapping[str, str] = field(default_factory=dict)
+    through: Mapping[str, str] = field(default_factory=dict)
+    unread_without: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,12 @@ def _missing(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _register(name: str, kernels: Kernels) -> Callable[..., Any]:
     """Define ditfast::<name>_fwd and _bwd for CPU, CUDA, meta and fake tensors; return the differentiable pair."""
-    n_in, n_out = len(kernels.inputs.split(",")), len(kernels.outputs)
+    declared = [declaration.split() for declaration in kernels.inputs.split(",")]
+    inputs, outputs, through = [declaration[-1] for declaration in declared], kernels.outputs, kernels.through
+    graded = [input for input in inputs if input not in through]
+    # What the backward gets in place of each graded input, by type and name.
+    kept = {input: (kind, kernels.stand_ins.get(input, input)) for kind, input in declared if input in graded}
+    n_in, n_out = len(inputs), len(outputs)
 
     def fwd(*args: Any) -> tuple[torch.Tensor, ...]:
         results = kernels.empty(*args)
@@ -122,29 +135,47 @@ def _register(name: str, kernels: Kernels) -> Callable[..., Any]:
         return grads
 
     def bwd_empty(*args: Any) -> tuple[torch.Tensor, ...]:
-        inputs = args[n_out : n_out + n_in]
-        return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs)
+        # A raw op cannot return None, so an absent input has an empty gradient.
+        return tuple(
+            torch.empty(0, device=args[0].device)
+            if like is None
+            else torch.empty(like.shape, dtype=like.dtype, device=like.device)
+            for like in args[n_out : n_out + len(graded)]
+        )
 
     def bwd_fake(*args: Any) -> tuple[torch.Tensor, ...]:
         return bwd(*args) if _triton.is_recording() else bwd_empty(*args)
 
-    douts, saved = (f"Tensor d{output}" for output in kernels.outputs), (f"Tensor {name}" for name in kernels.saved)
+    arguments = (
+        *(f"Tensor d{output}" for output in outputs),
+        *(" ".join(declaration) for declaration in kept.values()),
+        *(f"Tensor {saved}" for saved in kernels.saved),
+        kernels.attrs,
+    )
     raw_fwd = _define(f"{name}_fwd", (kernels.inputs, kernels.attrs), n_out + len(kernels.saved), fwd, fwd_fake)
-    raw_bwd = _define(f"{name}_bwd", (*douts, kernels.inputs, *saved, kernels.attrs), n_in, bwd, bwd_fake)
+    raw_bwd = _define(f"{name}_bwd", arguments, len(graded), bwd, bwd_fake)
 
     class Apply(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             results = _tuple(raw_fwd(*args))
-            ctx.save_for_backward(*args[:n_in], *results[n_out:])
+            known = dict(zip((*inputs, *outputs), (*args[:n_in], *results[:n_out]), strict=True))
+            for input, other in kernels.unread_without.items():
+                if known[other] is None:
+                    known[input] = known[input].new_empty(()).expand_as(known[input])
+            ctx.save_for_backward(*(known[stand_in] for _, stand_in in kept.values()), *results[n_out:])
             ctx.attrs = args[n_in:]
             return results[0] if n_out == 1 else results[:n_out]
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *douts: torch.Tensor) -> Any:
-            grads = _tuple(raw_bwd(*douts, *ctx.saved_tensors, *ctx.attrs))
-            return *grads, *(None for _ in ctx.attrs)
+            saved = ctx.saved_tensors
+            raw = _tuple(raw_bwd(*douts, *saved, *ctx.attrs))
+            given = zip(graded, saved, raw, strict=False)
+            grads = {input: None if like is None else grad for input, like, grad in given}
+            grads |= {input: douts[outputs.index(output)] for input, output in through.items()}
+            return *(grads[input] for input in inputs), *(None for _ in ctx.attrs)
 
     Apply.__name__ = Apply.__qualname__ = name
     return Apply.apply

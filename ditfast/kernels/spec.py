@@ -16,6 +16,7 @@ class Case:
 
     mixed    the stream's tensors are float32, the others in the suite's dtype (the dtypes of official autocast)
     strided  every tensor is a view into a larger one: its last dim dense, the other strides and the offset odd
+    absent   the optional inputs that are None
     full     breadth, for the full test run only
     """
 
@@ -24,6 +25,7 @@ class Case:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     mixed: bool = False
     strided: bool = False
+    absent: tuple[str, ...] = ()
     full: bool = False
 
 
@@ -85,7 +87,7 @@ class OpSpec:
                 kind = torch.float32 if case.mixed and name in self.stream else dtype
                 # A mean that is not zero and a variance that is not one, so that forgetting either shows.
                 values = (0.25 + 0.5 * torch.randn(room, device=device, generator=generator)).to(kind)
-            inputs[name] = values[view]
+            inputs[name] = None if name in case.absent else values[view]
         return inputs | dict(case.kwargs)
 
     def bytes_min(self, inputs: Mapping[str, Any]) -> dict[str, int]:

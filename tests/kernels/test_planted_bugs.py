@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 
-from ditfast.kernels import OPS, parity
+from ditfast.kernels import OPS, _rows, parity
 
 # op -> (kernel, what is wrong, the right text, the wrong one)
 BUGS = {
@@ -25,9 +25,37 @@ BUGS = {
         ("bwd", "forgotten mean of g n", "g_mean - n * gn_mean) * rstd, mask=live", "g_mean) * rstd, mask=live"),
         ("bwd", "mean ignored in n", "n = (n - mean) * rstd", "n = n * rstd"),
         ("bwd", "gradient of sample 0", "dy_ptr + sample * stride_dyb", "dy_ptr + 0 * stride_dyb"),
-        ("sum", "last chunk dropped", "(chunk < chunks)", "(chunk < chunks - 1)"),
-        ("sum", "unwritten tail", "dscale, mask=inside", "dscale, mask=cols < D - 1"),
-    )
+        ("sum_partials", "last chunk dropped", "(chunk < chunks)", "(chunk < chunks - 1)"),
+        ("sum_partials", "unwritten tail", "sum1, mask=inside", "sum1, mask=cols < D - 1"),
+    ),
+    "gate_residual": (
+        ("fwd", "gate x 0.99", "branch * gate[None, :]", "branch * 0.99 * gate[None, :]"),
+        ("fwd", "forgotten gate", "branch * gate[None, :]", "branch"),
+        ("fwd", "gate of sample 0", "gate_ptr + sample * stride_gate", "gate_ptr + 0 * stride_gate"),
+        ("fwd", "sample by row", "(chunk // chunks)", "(chunk // chunks // (chunks * ROWS // T + 1))"),
+        ("fwd", "unwritten tail", "x + branch, mask=live", "x + branch, mask=live & (cols < D - 1)[None, :]"),
+        ("bwd", "gate x 0.99", "dbranch * gate[None, :]", "dbranch * 0.99 * gate[None, :]"),
+        ("bwd", "dgate of the gated gradient", "dbranch * branch, 0", "dbranch * gate[None, :] * branch, 0"),
+        ("bwd", "branch of sample 0", "branch_ptr + sample * stride_branch_b", "branch_ptr + 0 * stride_branch_b"),
+        ("bwd", "unwritten last row", "dbranch, mask=live", "dbranch, mask=live & (row < T - 1)[:, None]"),
+        ("sum_partials", "last chunk dropped", "(chunk < chunks)", "(chunk < chunks - 1)"),
+    ),
+    "gate_residual_adaln_modulate": (
+        ("fwd", "gate x 0.99", "branch * gate[None, :]", "branch * 0.99 * gate[None, :]"),
+        ("fwd", "forgotten mean", "x = x - mean[:, None]", "x = x - 0.0 * mean[:, None]"),
+        ("fwd", "norm of x alone", "x = x_new.to(tl.float32)", "x = x"),
+        ("fwd", "forgotten scale", "rstd[:, None] * scale[None, :]", "rstd[:, None]"),
+        ("fwd", "sample by row", "sample = (pid // chunks)", "sample = (pid // chunks // (chunks * ROWS // T + 1))"),
+        ("fwd", "unwritten tail", "tail_y, mask=tail_live", "tail_y, mask=tail_live & (tail_cols < D - 1)[None, :]"),
+        ("bwd", "forgotten residual gradient", "dx += (g - g_mean", "dx = (g - g_mean"),
+        ("bwd", "forgotten mean of g n", "(g - g_mean - n * gn_mean)", "(g - g_mean)"),
+        ("bwd", "dbranch without gate", "dx = dx * gate[None, :]", "dx = dx"),
+        ("bwd", "dgate without the norm", "tl.sum(branch * dx, 0)", "tl.sum(branch * (dx - g * rstd), 0)"),
+        ("bwd", "dx_new of sample 0", "dx_new_ptr + sample * stride_dx_new_b", "dx_new_ptr + 0 * stride_dx_new_b"),
+        ("bwd", "unwritten tail of dgate", "tail_dgate, mask=tail_in", "tail_dgate, mask=tail_cols < D - 1"),
+        ("sum_partials", "last chunk dropped", "(chunk < chunks)", "(chunk < chunks - 1)"),
+        ("sum_partials", "unwritten tail", "sum2, mask=inside", "sum2, mask=cols < D - 1"),
+    ),
 }  # fmt: skip
 SPECS = {spec.name: spec for spec in OPS}
 
@@ -66,8 +94,9 @@ def cases_of(name: str):
 )
 def test_planted_bug_is_rejected(name, which, right, wrong, case, dtype, device, generator, monkeypatch, tmp_path):
     spec = SPECS[name]
-    module = importlib.import_module(spec.fn.__module__)
-    kernel_name = f"_{name}_{which}_kernel"
+    shared = which == "sum_partials"
+    module = _rows if shared else importlib.import_module(spec.fn.__module__)
+    kernel_name = f"_{which}_kernel" if shared else f"_{name}_{which}_kernel"
     kernel = mutated(getattr(module, kernel_name), right, wrong, tmp_path / "mutant.py")
     monkeypatch.setattr(module, kernel_name, kernel)
     verdicts = parity.check(spec, spec.make_inputs(case, dtype, device, generator), "triton", generator)

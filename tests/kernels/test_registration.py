@@ -24,9 +24,13 @@ def test_ops_lists_every_public_op_once():
     assert {spec.source.stem for spec in OPS} == files
 
 
-def raw_arguments(spec, device, generator):
+def with_and_without_optional(spec):
+    return spec.cases[0], *(case for case in spec.cases if case.absent)
+
+
+def raw_arguments(spec, case, device, generator):
     """Arguments of the raw forward and backward, by their schemas' names."""
-    inputs = spec.make_inputs(spec.cases[0], torch.bfloat16, device, generator)
+    inputs = spec.make_inputs(case, torch.bfloat16, device, generator)
     attrs = {"eps": 1e-6, "out_dtype": torch.float32}
     forward, backward = (getattr(torch.ops.ditfast, f"{spec.name}_{which}").default for which in ("fwd", "bwd"))
     args = [(inputs | attrs)[a.name] for a in forward._schema.arguments]
@@ -40,8 +44,9 @@ def raw_arguments(spec, device, generator):
 
 @pytest.mark.parametrize("spec", KERNELS)
 def test_opcheck(spec, device, generator):
-    for op, args in raw_arguments(spec, device, generator):
-        torch.library.opcheck(op, tuple(args))
+    for case in with_and_without_optional(spec):
+        for op, args in raw_arguments(spec, case, device, generator):
+            torch.library.opcheck(op, tuple(args))
 
 
 @pytest.mark.parametrize("spec", KERNELS)
@@ -51,7 +56,7 @@ def test_compiled_kernels_equal_eager_ones(spec, dynamic, compiler, device, gene
     torch._dynamo.reset()
     call = torch.compile(spec.fn, fullgraph=True, dynamic=dynamic, backend=compiler)
     graphed = type(spec)(**{**vars(spec), "fn": call})
-    for case in (spec.cases[0], spec.cases[3]):
+    for case in (*with_and_without_optional(spec), spec.cases[3]):
         inputs = spec.make_inputs(case, torch.float32, device, generator)
         eager = parity.run(spec, inputs, "triton")
         douts = parity.random_douts(eager, generator)
@@ -72,7 +77,9 @@ def test_compiles_without_graph_breaks(spec, device, generator):
 def test_second_derivative_is_refused(spec, device, generator):
     inputs = spec.make_inputs(spec.cases[0], torch.float32, device, generator)
     leaf = next(v for v in inputs.values() if isinstance(v, torch.Tensor)).requires_grad_()
-    (grad,) = torch.autograd.grad(spec.fn(**inputs, backend="triton").square().sum(), leaf, create_graph=True)
+    outputs = spec.fn(**inputs, backend="triton")
+    first = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+    (grad,) = torch.autograd.grad(first.square().sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
 
