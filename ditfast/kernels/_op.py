@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves
 
 from . import _triton
 
@@ -50,6 +51,18 @@ class Kernels:
 
 
 @dataclass(frozen=True)
+class InPlace:
+    """The Triton side of an op that writes into its arguments: one raw op <name>, without results or derivative.
+
+    schema      the arguments, tensors first, those that are written marked: "Tensor(a!)[] weights, Tensor[] grads"
+    run(*args)  does it
+    """
+
+    schema: str
+    run: Callable[..., None]
+
+
+@dataclass(frozen=True)
 class Op:
     """One operation and everything that can compute it.
 
@@ -60,12 +73,13 @@ class Op:
     name: str
     ref: Callable[..., Any]
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    kernels: Kernels | None = None
+    kernels: Kernels | InPlace | None = None
     _apply: Callable[..., Any] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.kernels:
-            object.__setattr__(self, "_apply", _register(self.name, self.kernels))
+            register: Any = _register_in_place if isinstance(self.kernels, InPlace) else _register
+            object.__setattr__(self, "_apply", register(self.name, self.kernels))
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -75,11 +89,12 @@ class Op:
     def choose(self, asked: str, device: torch.device, dtype: torch.dtype) -> str:
         """The concrete backend for a first input of this device and dtype; BackendError where `asked` cannot run.
 
-        "auto" is the first of `backends`, except that triton is for 16 and 32 bits on a GPU: anywhere else it is slow.
+        "auto" is the first of `backends`, except that triton is for floats of 16 and 32 bits and for integers on a GPU:
+        anywhere else it is slow.
         A GPU without Triton is an error, not a reason to fall back.
         """
         if asked == "auto":
-            skipped = () if device.type == "cuda" and dtype in _TRITON_DTYPES else ("triton",)
+            skipped = () if device.type == "cuda" and _taken(dtype) else ("triton",)
             asked = next(backend for backend in self.backends if backend not in skipped)
         elif asked not in self.backends:
             known = ", ".join(repr(backend) for backend in ("auto", *self.backends))
@@ -88,9 +103,9 @@ class Op:
             raise BackendError(f"{self.name}: backend 'triton' cannot run: {missing}, or pass backend='reference'")
         return asked
 
-    def __call__(self, backend: str, inputs: Sequence[torch.Tensor | None], attrs: Sequence[Any] = ()) -> Any:
-        """The outputs, differentiable, by the backend asked for."""
-        lead = inputs[0]
+    def __call__(self, backend: str, inputs: Sequence[Any], attrs: Sequence[Any] = ()) -> Any:
+        """The outputs, differentiable, by the backend asked for; inputs are tensors, None, or lists of tensors."""
+        lead = inputs[0][0] if isinstance(inputs[0], list) else inputs[0]
         assert lead is not None
         backend = self.choose(backend, lead.device, lead.dtype)
         if backend == "triton":
@@ -99,9 +114,14 @@ class Op:
         return self.functions.get(backend, self.ref)(*inputs, *attrs)
 
 
+def _taken(dtype: torch.dtype) -> bool:
+    """Whether the kernels take a first input of this dtype; integers are only those of ops that are about them."""
+    return dtype in _TRITON_DTYPES or not dtype.is_floating_point
+
+
 def _missing(device: torch.device, dtype: torch.dtype) -> str | None:
     """What keeps Triton from running on such tensors, and what to do about it."""
-    if dtype not in _TRITON_DTYPES:
+    if not _taken(dtype):
         return f"its kernels take float32, float16 and bfloat16, not {dtype}; convert the tensors"
     if device.type == "meta":
         return None
@@ -179,6 +199,24 @@ def _register(name: str, kernels: Kernels) -> Callable[..., Any]:
 
     Apply.__name__ = Apply.__qualname__ = name
     return Apply.apply
+
+
+def _register_in_place(name: str, kernels: InPlace) -> Callable[..., Any]:
+    """Define ditfast::<name> for CPU, CUDA, meta and fake tensors."""
+
+    def impl(*args: Any) -> None:
+        kernels.run(*args)
+        # A kernel writes behind autograd's back, which would then not notice that a tensor it saved has changed.
+        written = (arg for arg, is_written in zip(args, writes, strict=True) if is_written)
+        torch.autograd.graph.increment_version(tree_leaves(list(written)))
+
+    def fake(*args: Any) -> None:
+        if _triton.is_recording():
+            kernels.run(*args)
+
+    op = _define(name, (kernels.schema,), 0, impl, fake)
+    writes = [bool(arg.alias_info and arg.alias_info.is_write) for arg in op._schema.arguments]
+    return op
 
 
 def _define(

@@ -9,7 +9,8 @@ import torch
 
 from ditfast.kernels import OPS, adaln_modulate, parity
 
-KERNELS = [pytest.param(spec, id=spec.name) for spec in OPS if "triton" in spec.op.backends]
+# What an op works on in place must be contiguous, which its own checks see to.
+KERNELS = [pytest.param(spec, id=spec.name) for spec in OPS if "triton" in spec.op.backends and not spec.mutates]
 
 
 def assert_equal_bits(spec, inputs, douts):
@@ -38,7 +39,7 @@ def test_expanded_inputs_and_gradients(spec, dim, device, generator):
     inputs, douts = odd_inputs(spec, device, generator)
 
     def expanded(tensor):
-        return tensor.narrow(dim, 0, 1).expand_as(tensor)
+        return tensor.narrow(dim, 0, 1).expand_as(tensor) if dim < tensor.ndim else tensor
 
     assert_equal_bits(spec, inputs, [expanded(dout) for dout in douts])
     assert_equal_bits(spec, {k: expanded(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}, douts)
