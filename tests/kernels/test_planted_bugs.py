@@ -69,6 +69,31 @@ BUGS = {
         ("update", "EMA of the old weight", "(w - ema)", "(w + step_size * m / (tl.sqrt(v) / root + eps) - ema)"),
         ("update", "unwritten tail", "weight_at, w, mask=live", "weight_at, w, mask=at < numel - 1"),
     ),
+    "timestep_embedding": (
+        ("fwd", "unwritten zero column", "DIM > 2 * HALF", "DIM > 2 * HALF + 1", "odd"),
+        ("fwd", "sin twice", "tl.store(e, cos.to", "tl.store(e, sin.to", "floats", "integers"),
+        ("fwd", "unwritten last row", "live = row < B", "live = row < B - 1", "floats", "integers"),
+        ("bwd", "sign of the sine", "dsin * cos - dcos", "dsin * cos + dcos", "floats", "floats_strided"),
+        ("bwd", "frequency forgotten", "* freq[None, :]", "* 1.0", "floats", "floats_strided"),
+    ),
+    "patchify": (
+        ("fwd", "pos_embed of token 0", "[:, None] * stride_pos", "[:, None] * 0", "odd", "mixed"),
+        ("fwd", "bias forgotten", "+ bias[None, :]", "+ 0.0 * bias[None, :]", "odd", "mixed"),
+        ("fwd", "columns and rows of a patch swapped", "(kk // P) % P * stride_xh + kk % P * stride_xw",
+         "(kk // P) % P * stride_xw + kk % P * stride_xh", "odd", "tiles"),
+        ("fwd", "sample 0 for all", "tl.cast(sample, tl.int64) * stride_xb", "0 * stride_xb", "odd", "tiles"),
+        ("fwd", "last input of a patch dropped", "(k < K)[:, None]", "(k < K - 1)[:, None]", "odd", "mixed"),
+        ("fwd", "first part of a wide patch dropped", "(patch, weight, y,", "(patch, weight, 0.0 * y,", "tiles"),
+        ("fwd", "unwritten last column", "col < D", "col < D - 1", "odd", "tiles"),
+        ("fwd", "unwritten last token", "token < T", "token < T - 1", "odd", "many_tokens"),
+    ),
+    "unpatchify": (
+        ("fwd", "order of the patchify", "((p * P + x % P) * C + c)", "((c * P + p) * P + x % P)", "odd", "strided"),
+        ("fwd", "sample 0 for all", "sample * stride_yb", "0 * stride_yb", "odd", "strided"),
+        ("fwd", "unwritten last element", "element < C * P * W", "element < C * P * W - 1", "odd", "strided"),
+        ("bwd", "order of the patchify", "c = element % C", "c = element // (P * P) % C", "odd", "strided"),
+        ("bwd", "rows of the first patch", "(i * P + ", "(0 * P + ", "odd"),
+    ),
 }  # fmt: skip
 SPECS = {spec.name: spec for spec in OPS}
 
@@ -77,7 +102,10 @@ def mutated(kernel, right: str, wrong: str, path):
     """The kernel compiled from its source with `right` replaced by `wrong`."""
     source = inspect.getsource(inspect.unwrap(kernel.fn))
     assert right in source, f"{right!r} is no longer in {kernel.__name__}: bring the planted bug up to date"
-    path.write_text(f"from ditfast.kernels._triton import jit, tl\n\n\n{source.replace(right, wrong)}")
+    home = importlib.import_module(inspect.unwrap(kernel.fn).__module__)
+    helpers = [name for name, value in vars(home).items() if isinstance(value, type(kernel)) and value is not kernel]
+    imports = ["from ditfast.kernels._triton import jit, tl", *(f"from {home.__name__} import {h}" for h in helpers)]
+    path.write_text("\n".join([*imports, "", "", source.replace(right, wrong)]))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
