@@ -287,4 +287,5 @@ SPEC = OpSpec(
     stream=("x",),
     shard=("B", "T"),
     recompute=("y",),
+    bwd_unread=("shift",),
 )

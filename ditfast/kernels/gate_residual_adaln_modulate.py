@@ -367,4 +367,5 @@ SPEC = OpSpec(
     optional=("gate",),
     shard=("B", "T"),
     recompute=("x_new", "y"),
+    bwd_unread=("shift",),
 )
