@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ditfast.kernels import OPS, OpSpec, _op, _triton
+from ditfast.kernels import OPS, OpSpec, _op, _rows, _triton
 
 ROOT = Path(__file__).parents[1]
 LEDGER = ROOT / "bench" / "results" / "chip.json"
@@ -50,7 +50,7 @@ def normalised(source: str) -> str:
 
 def source_hash(spec: OpSpec) -> str:
     """sha256 over the op's file and what its kernels share: the helpers, and the registration with its autograd."""
-    files = (spec.source, Path(_triton.__file__), Path(_op.__file__))
+    files = (spec.source, Path(_rows.__file__), Path(_triton.__file__), Path(_op.__file__))
     return hashlib.sha256("\n".join(normalised(file.read_text()) for file in files).encode()).hexdigest()
 
 

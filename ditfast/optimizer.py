@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ditfast import kernels
 from ditfast.config import OptimConfig, Precision
 
 
@@ -21,8 +22,8 @@ class AdamWEMA:
     copy of the masters, refreshed by every step; else master and parameter are one tensor. Frozen parameters have
     neither master nor EMA.
 
-    Use: `collect()` after backward (moves the gradients to the masters), then `clip()` or a GradScaler on `adamw`,
-    `adamw.step()`, and `finish(step)` for the EMAs and the copies.
+    Use: after backward, `update(step, gradient_norm())`; of a scaled loss, both with the inverse scale. Neither makes
+    the host wait for a GPU.
     """
 
     def __init__(
@@ -42,50 +43,75 @@ class AdamWEMA:
             rate: {n: m.detach().to(precision.ema, copy=True) for n, m in self.masters.items()}
             for rate in config.ema_rates
         }
-        split: dict[float, list[Tensor]] = {}
-        for name, master in self.masters.items():
-            decay = config.weight_decay if config.decay == "all" or decays(name, master) else 0.0
-            split.setdefault(decay, []).append(master)
-        self.adamw = torch.optim.AdamW(
-            [{"params": tensors, "weight_decay": decay} for decay, tensors in split.items()],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
-        )
+        self.decays = [
+            config.weight_decay if config.decay == "all" or decays(name, master) else 0.0
+            for name, master in self.masters.items()
+        ]
+        self.moments = {
+            field: {n: torch.zeros_like(m, requires_grad=False) for n, m in self.masters.items()}
+            for field in ("exp_avg", "exp_avg_sq")
+        }
+        device = next(iter(self.masters.values())).device
+        self.steps = torch.zeros(len(self.masters), device=device)
+        # On the device, where a step finds them without the host's waiting or being waited for.
+        self._lr = torch.tensor([config.lr], dtype=torch.float32, device=device)
+        self._alphas = torch.tensor([1 - rate for rate in self.emas], dtype=torch.float32, device=device)
 
-    def collect(self) -> None:
-        """Hands the parameters' gradients to the masters, in the masters' dtype."""
+    def gradients(self) -> list[Tensor]:
+        """The gradients in the order of the masters, as backward left them. ValueError for a parameter without."""
         for name, p in self.parameters.items():
-            master = self.masters[name]
-            if master is not p and p.grad is not None:
-                master.grad = p.grad.to(master.dtype)
-                p.grad = None
+            if p.grad is None:
+                raise ValueError(f"{name} has no gradient: let the loss depend on it, or freeze it")
+        return [p.grad.contiguous() for p in self.parameters.values() if p.grad is not None]
 
-    def gradient_norm(self) -> Tensor:
-        """The global L2 norm of the collected gradients."""
-        return torch.nn.utils.get_total_norm([m.grad for m in self.masters.values() if m.grad is not None])
-
-    def clip(self, norm: Tensor) -> None:
-        """Scales the collected gradients, whose norm this is, down to the configured norm."""
-        if self.config.clip_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), self.config.clip_norm, norm)
+    @torch.no_grad()
+    def gradient_norm(self, inverse_scale: Tensor | None = None) -> Tensor:
+        """The global L2 norm of the gradients () in fp32, of a loss whose scale is undone."""
+        norm = torch.stack(torch._foreach_norm(self.gradients(), 2, torch.float32)).norm()
+        return norm if inverse_scale is None else norm * inverse_scale
 
     def set_lr(self, factor: float) -> float:
         """Sets the learning rate to `factor` times the configured one and returns it."""
         lr = self.config.lr * factor
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
+        self._lr.fill_(lr)
         return lr
 
     @torch.no_grad()
-    def finish(self, step: int) -> None:
-        """After an applied update: EMA e <- rate e + (1 - rate) w for every rate, and the low-precision copies."""
-        masters = [m.detach() for m in self.masters.values()]
-        for rate, ema in self.emas.items():
-            effective = min(rate, (1 + step) / (10 + step)) if self.config.ema_warmup else rate
-            torch._foreach_lerp_(list(ema.values()), masters, 1 - effective)
-        self._refresh(self.masters)
+    def update(self, step: int, norm: Tensor, inverse_scale: Tensor | None = None) -> Tensor:
+        """One step from the gradients, whose norm () this is, clipped as configured; then there are no gradients.
+
+        The EMAs follow, e <- rate e + (1 - rate) w for every rate, and the low-precision copies. Returns (1,) fp32: one
+        where the norm is not finite, and then nothing has changed.
+        """
+        factor = inverse_scale
+        if self.config.clip_norm > 0:
+            factor = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            factor = factor if inverse_scale is None else factor * inverse_scale
+        if self.config.ema_warmup:
+            for alpha, rate in zip(self._alphas, self.emas, strict=True):
+                alpha.fill_(1 - min(rate, (1 + step) / (10 + step)))
+        found_inf = (~norm.isfinite()).float().reshape(1)
+        names = list(self.masters)
+        kernels.adamw_ema(
+            list(self.masters.values()),
+            self.gradients(),
+            [self.moments["exp_avg"][name] for name in names],
+            [self.moments["exp_avg_sq"][name] for name in names],
+            [[ema[name] for name in names] for ema in self.emas.values()],
+            [p for name, p in self.parameters.items() if p is not self.masters[name]],
+            steps=self.steps,
+            lr=self._lr,
+            found_inf=found_inf,
+            alphas=self._alphas,
+            decays=self.decays,
+            grad_factor=None if factor is None else factor.reshape(1),
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            eps=self.config.eps,
+        )
+        for p in self.parameters.values():
+            p.grad = None
+        return found_inf
 
     @torch.no_grad()
     def _refresh(self, source: dict[str, Tensor]) -> None:
@@ -129,9 +155,9 @@ class AdamWEMA:
         groups = {"model": {n: m.detach() for n, m in self.masters.items()}}
         groups |= {ema_group(rate): dict(ema) for rate, ema in self.emas.items()}
         groups["optimizer"] = {
-            f"{name}:{key}": value
-            for name, master in self.masters.items()
-            for key, value in self.adamw.state.get(master, {}).items()
+            f"{name}:{field}": value
+            for i, name in enumerate(self.masters)
+            for field, value in (("step", self.steps[i].clone()), *((f, m[name]) for f, m in self.moments.items()))
         }
         return groups
 
@@ -151,12 +177,32 @@ class AdamWEMA:
             name, field = key.rsplit(":", 1)
             if name not in self.masters:
                 raise ValueError(f"optimizer/{key}: this model has no parameter {name!r}")
-            master = self.masters[name]
-            # AdamW keeps its step count where it was made; moments live beside the parameter.
-            self.adamw.state[master][field] = value.to(master.device, copy=True)
+            target = self.steps[list(self.masters).index(name)] if field == "step" else self.moments[field][name]
+            if value.shape != target.shape:
+                shapes = f"{tuple(value.shape)}, this model {tuple(target.shape)}"
+                raise ValueError(f"optimizer/{key}: the checkpoint has {shapes}")
+            target.copy_(value)
         self._refresh(self.masters)
 
 
 def ema_group(rate: float) -> str:
     """Name of an EMA's tensor group in a checkpoint."""
     return f"ema-{rate}"
+
+
+class LossScaler(torch.amp.GradScaler):
+    """torch's dynamic loss scale, for an optimizer that undoes it and finds the overflows itself, on the device."""
+
+    def inverse(self) -> Tensor | None:
+        """One over the scale () in fp32; None where it is disabled."""
+        if not self.is_enabled():
+            return None
+        assert self._scale is not None, "scale the loss first"
+        return self._scale.double().reciprocal().float()
+
+    def advance(self, found_inf: Tensor) -> None:
+        """Lowers the scale after an overflow, raises it after long enough without."""
+        if self.is_enabled():
+            assert self._scale is not None and self._growth_tracker is not None
+            rates = self.get_growth_factor(), self.get_backoff_factor(), self.get_growth_interval()
+            torch._amp_update_scale_(self._scale, self._growth_tracker, found_inf, *rates)

@@ -20,7 +20,7 @@ from ditfast.diffusion import create_named_schedule_sampler
 from ditfast.distributed import World
 from ditfast.layers import count_parameters, training_flops
 from ditfast.logs import LossWindow, Meter, Recorder, log, peak_flops, peak_memory
-from ditfast.optimizer import AdamWEMA
+from ditfast.optimizer import AdamWEMA, LossScaler
 from ditfast.reproducibility import (
     deterministic_algorithms,
     generator_for,
@@ -100,13 +100,15 @@ class Trainer:
         self.model = precision.apply(model.to(self.device)).train()
         self.model.recompute = config.train.recompute
         self.optimizer = AdamWEMA(self.model, config.optim, precision, fp32)
-        self.scaler = torch.amp.GradScaler(
+        self.scaler = LossScaler(
             self.device.type, init_scale=65536.0, growth_interval=1000, enabled=precision.scales_loss
         )
         if config.train.sample_every:
             # Now rather than in the middle of the run: a sampler that cannot be, an EMA that is not kept.
             prepare(Network(self.model, precision, self.device), self.config)
             self.optimizer.ema_rate(config.sample.ema)
+        # On a GPU, looking makes the host wait: so only for a sampler that must know, and else with a line to log.
+        self.checks_each_step = self.device.type == "cpu" or config.diffusion.timestep_sampler != "uniform"
         self.losses = LossWindow(self.diffusion.num_timesteps, self.device)
         self.step_done = 0
         self._resume()
@@ -121,7 +123,7 @@ class Trainer:
             self.out, config.train.steps, self.step_done, enabled=world.is_main, tensorboard=config.train.tensorboard
         )
         self.meter = Meter()
-        self.last_norm = 0.0
+        self.norm, self.first_overflow = torch.zeros(2, device=self.device)
 
     def run(self) -> str | None:
         """Steps until the end, or until a signal asks to stop: then the reason, for the user."""
@@ -189,35 +191,42 @@ class Trainer:
         return {name: value.detach() for name, value in terms.items()}
 
     def _update(self) -> bool:
-        """Applies the gradients if they are finite; whether it did."""
+        """Applies the gradients if they are finite; whether it did, as far as that is known without waiting."""
         optimizer, scaler = self.optimizer, self.scaler
-        optimizer.collect()
         optimizer.set_lr(lr_factor(self.config, self.step_done))
-        if scaler.is_enabled():
-            scaler.unscale_(optimizer.adamw)
-        norm = optimizer.gradient_norm()
-        self.last_norm = norm.item()
-        finite = math.isfinite(self.last_norm)
-        if finite:
-            optimizer.clip(norm)
-            scaler.step(optimizer.adamw)
-            optimizer.finish(self.step_done)
-        elif not scaler.is_enabled():
+        inverse_scale = scaler.inverse()
+        self.norm = optimizer.gradient_norm(inverse_scale)
+        overflow = optimizer.update(self.step_done, self.norm, inverse_scale)
+        scaler.advance(overflow)
+        here = overflow.new_full((), self.step_done + 1)
+        self.first_overflow = torch.where((self.first_overflow == 0) & (overflow[0] > 0), here, self.first_overflow)
+        if not self.checks_each_step:
+            return True
+        self._check_overflow()
+        return math.isfinite(self.last_norm)
+
+    @property
+    def last_norm(self) -> float:
+        """The norm of the last step's gradients."""
+        return float(self.norm)
+
+    def _check_overflow(self) -> None:
+        """TrainingError if gradients were not finite; with a loss scale, if lowering it does not help."""
+        step = int(self.first_overflow)
+        if step and not self.scaler.is_enabled():
             raise TrainingError(
-                f"the gradient at step {self.step_done + 1} is not finite, so it was not applied; "
+                f"the gradient at step {step} is not finite, so it was not applied; "
                 f"{self.good_checkpoint()}. Lower optim.lr, set optim.clip_norm, or look for bad data"
             )
         # With a loss scale an overflow is expected now and then: the update is skipped and the scale lowered.
-        scaler.update()
-        if not finite and scaler.get_scale() < SMALLEST_SCALE:
+        if step and self.scaler.get_scale() < SMALLEST_SCALE:
             raise TrainingError(
-                f"fp16 overflows at any loss scale (step {self.step_done + 1}); {self.good_checkpoint()}. "
-                "Use train.precision bf16"
+                f"fp16 overflows at any loss scale (step {step}); {self.good_checkpoint()}. Use train.precision bf16"
             )
-        optimizer.adamw.zero_grad()
-        return finite
+        self.first_overflow.zero_()
 
     def _log(self) -> None:
+        self._check_overflow()
         config, peak = self.config, peak_flops(self.device, self.config.precision)
         record = {
             "step": self.step_done,
@@ -241,6 +250,7 @@ class Trainer:
         self.recorder.image("samples", path, self.step_done)
 
     def _save(self) -> None:
+        self._check_overflow()
         window = self.losses.gather(self.world.sum_, self.world.is_main)
         if self.world.is_main:
             state = {"config": dataclasses.asdict(self.config), "scaler": self.scaler.state_dict()}

@@ -265,7 +265,7 @@ class TestGradients:
         assert_usable(config)
 
     def test_before_the_first_checkpoint(self, tiny_run, monkeypatch):
-        monkeypatch.setattr("ditfast.optimizer.AdamWEMA.gradient_norm", lambda self: torch.tensor(torch.nan))
+        monkeypatch.setattr("ditfast.optimizer.AdamWEMA.gradient_norm", lambda self, scale: torch.tensor(torch.nan))
         with pytest.raises(TrainingError, match="gradient at step 1 is not finite.*there is no checkpoint yet"):
             train(tiny_run())
 

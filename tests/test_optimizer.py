@@ -1,9 +1,12 @@
 """Masters, decay groups, clipping and averages do what their formulas say, and the swap of weights leaves no trace."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
+from ditfast import kernels
 from ditfast.config import PRECISIONS, OptimConfig
 from ditfast.layers import DiT
 from ditfast.optimizer import AdamWEMA
@@ -40,11 +43,7 @@ def set_gradients(model, seed, scale=1.0):
 
 def update(model, optimizer, step, **gradients):
     set_gradients(model, step, **gradients)
-    optimizer.collect()
-    optimizer.clip(optimizer.gradient_norm())
-    optimizer.adamw.step()
-    optimizer.finish(step)
-    optimizer.adamw.zero_grad()
+    optimizer.update(step, optimizer.gradient_norm())
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -56,7 +55,7 @@ def test_dtypes_are_what_the_policy_says(precision):
     assert model.stream_dtype is policy.stream
     assert {m.dtype for m in optimizer.masters.values()} == {policy.optimizer} == {torch.float32}
     assert {e.dtype for e in optimizer.emas[0.9].values()} == {policy.ema} == {torch.float32}
-    moments = {s[k].dtype for s in optimizer.adamw.state.values() for k in ("exp_avg", "exp_avg_sq")}
+    moments = {moment.dtype for named in optimizer.moments.values() for moment in named.values()}
     assert moments == {policy.optimizer}
 
 
@@ -101,26 +100,71 @@ def test_step_is_adamw():
     torch.testing.assert_close(optimizer.masters[name].detach().double(), w, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("scale, clipped", [(1.0, True), (1e-4, False)])
-def test_clipping_bounds_the_norm(scale, clipped):
-    model, optimizer, _ = made(clip_norm=0.5)
-    set_gradients(model, 0, scale)
-    optimizer.collect()
-    before = torch.cat([m.grad.flatten() for m in optimizer.masters.values()])
-    norm = optimizer.gradient_norm()
-    torch.testing.assert_close(norm, before.norm())
-    optimizer.clip(norm)
-    after = torch.cat([m.grad.flatten() for m in optimizer.masters.values()])
-    assert after.norm() <= 0.5 * (1 + 1e-5)
-    torch.testing.assert_close(after, before * 0.5 / norm if clipped else before, atol=0, rtol=1e-5)
+def applied_factor(optimizer, monkeypatch, *inverse_scale):
+    """What an update multiplies the gradients by, and their norm."""
+    taken = []
+    monkeypatch.setattr(kernels, "adamw_ema", lambda *lists, grad_factor, **scalars: taken.append(grad_factor))
+    norm = optimizer.gradient_norm(*inverse_scale)
+    optimizer.update(0, norm, *inverse_scale)
+    return taken[0], norm
 
 
-def test_no_clipping_by_default():
+@pytest.mark.parametrize("precision", ["fp32", "bf16-fast", "fp16-fast"])
+@pytest.mark.parametrize("scale, clipped", [(1.0, True), (1e-3, False)])
+@pytest.mark.parametrize("loss_scale", [1.0, 32.0])
+def test_clipping_bounds_the_norm(precision, scale, clipped, loss_scale, monkeypatch):
+    model, optimizer, _ = made(precision, clip_norm=0.5)
+    set_gradients(model, 0, scale * loss_scale)
+    before = torch.cat([p.grad.double().flatten() for p in optimizer.parameters.values()]) / loss_scale
+    factor, norm = applied_factor(optimizer, monkeypatch, torch.tensor(1 / loss_scale))
+    torch.testing.assert_close(norm, before.norm().float())
+    expected = (0.5 / before.norm() if clipped else torch.ones((), dtype=torch.float64)) / loss_scale
+    torch.testing.assert_close(factor[0].double(), expected, atol=0, rtol=1e-5)
+
+
+def test_no_clipping_by_default(monkeypatch):
     model, optimizer, _ = made()
     set_gradients(model, 0, 100.0)
-    before = torch.cat([m.grad.flatten() for m in optimizer.masters.values()])
-    optimizer.clip(optimizer.gradient_norm())
-    assert torch.equal(torch.cat([m.grad.flatten() for m in optimizer.masters.values()]), before)
+    assert applied_factor(optimizer, monkeypatch)[0] is None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-fast"])
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_gradient_that_is_not_finite_changes_nothing(precision, bad, backend, monkeypatch):
+    monkeypatch.setattr(kernels, "adamw_ema", partial(kernels.adamw_ema, backend=backend))
+    model, optimizer, _ = made(precision, lr=0.1, ema_rates=[0.5])
+    update(model, optimizer, 0)
+    weights = {n: p.detach().clone() for n, p in optimizer.parameters.items()}
+    before = {group: {n: t.clone() for n, t in named.items()} for group, named in optimizer.state_tensors().items()}
+    set_gradients(model, 1)
+    optimizer.parameters["x_embedder.proj.bias"].grad[0] = bad
+    assert optimizer.update(1, optimizer.gradient_norm()).item() == 1
+    after = optimizer.state_tensors()
+    assert all(torch.equal(t, after[group][n]) for group, named in before.items() for n, t in named.items())
+    assert all(torch.equal(p, weights[n]) for n, p in optimizer.parameters.items())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-fast"])
+def test_kernel_and_reference_train_alike(precision, monkeypatch):
+    plain, states = kernels.adamw_ema, []
+    for backend in ("torch", "triton"):
+        monkeypatch.setattr(kernels, "adamw_ema", partial(plain, backend=backend))
+        model, optimizer, _ = made(precision, lr=1e-2, ema_rates=[0.5, 0.9], weight_decay=0.1, clip_norm=1.0)
+        for step in range(3):
+            update(model, optimizer, step)
+        states.append(optimizer.state_tensors())
+    for group, named in states[0].items():
+        for name, value in named.items():
+            torch.testing.assert_close(states[1][group][name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_parameter_without_a_gradient_is_named():
+    model, optimizer, _ = made()
+    set_gradients(model, 0)
+    optimizer.parameters["x_embedder.proj.bias"].grad = None
+    with pytest.raises(ValueError, match="x_embedder.proj.bias has no gradient"):
+        optimizer.gradient_norm()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-fast"])

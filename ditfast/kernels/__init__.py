@@ -9,6 +9,8 @@ import torch
 from ._op import BackendError
 from .adaln_modulate import SPEC as _ADALN_MODULATE
 from .adaln_modulate import adaln_modulate
+from .adamw_ema import SPEC as _ADAMW_EMA
+from .adamw_ema import adamw_ema
 from .attention import PACKED_SPEC as _ATTENTION_QKVPACKED
 from .attention import SPEC as _ATTENTION
 from .attention import attention, attention_qkvpacked
@@ -36,6 +38,7 @@ OPS: tuple[OpSpec, ...] = (
     _TIMESTEP_EMBEDDING,
     _PATCHIFY,
     _UNPATCHIFY,
+    _ADAMW_EMA,
 )
 
 
@@ -55,6 +58,7 @@ __all__ = [
     "BackendError",
     "OpSpec",
     "adaln_modulate",
+    "adamw_ema",
     "attention",
     "attention_qkvpacked",
     "backend_of",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves
 
 from . import _triton
 
@@ -25,11 +26,16 @@ class BackendError(ValueError):
 class Kernels:
     """The Triton side of an op; `Op` makes the raw ops <name>_fwd and <name>_bwd and the autograd of it.
 
-    inputs, attrs   schema of the tensors and of the other arguments: "Tensor x, Tensor scale", "float eps"
+    inputs, attrs   schema of the tensors and of the other arguments: "Tensor x, Tensor? gate", "float eps"
     outputs, saved  names of the forward's results; the saved ones are for the backward only
+    stand_ins       {"x": "x_new"}: the backward gets that output, of equal shape and dtype, and input x is not kept
+    through         {"x": "x_new"}: the gradient of x is that of this output, and the backward has no part in it
+    unread_without  {"branch": "gate"}: where gate is None the backward reads but the shape and dtype of branch, and
+                    gets an expanded scalar, so that branch is not kept
     empty(*inputs, *attrs)                            the results, not yet written
     fwd(results, *inputs, *attrs)                     writes them
-    bwd(grads, *douts, *inputs, *saved, *attrs)       writes grads, contiguous tensors like the inputs
+    bwd(grads, *douts, *inputs, *saved, *attrs)       writes grads, contiguous tensors like the inputs; without those
+                                                      in `through`, empty for an input that is None
     """
 
     inputs: str
@@ -39,6 +45,21 @@ class Kernels:
     empty: Callable[..., tuple[torch.Tensor, ...]]
     fwd: Callable[..., None]
     bwd: Callable[..., None]
+    stand_ins: Mapping[str, str] = field(default_factory=dict)
+    through: Mapping[str, str] = field(default_factory=dict)
+    unread_without: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """The Triton side of an op that writes into its arguments: one raw op <name>, without results or derivative.
+
+    schema      the arguments, tensors first, those that are written marked: "Tensor(a!)[] weights, Tensor[] grads"
+    run(*args)  does it
+    """
+
+    schema: str
+    run: Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -52,12 +73,13 @@ class Op:
     name: str
     ref: Callable[..., Any]
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    kernels: Kernels | None = None
+    kernels: Kernels | InPlace | None = None
     _apply: Callable[..., Any] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.kernels:
-            object.__setattr__(self, "_apply", _register(self.name, self.kernels))
+            register: Any = _register_in_place if isinstance(self.kernels, InPlace) else _register
+            object.__setattr__(self, "_apply", register(self.name, self.kernels))
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -67,11 +89,12 @@ class Op:
     def choose(self, asked: str, device: torch.device, dtype: torch.dtype) -> str:
         """The concrete backend for a first input of this device and dtype; BackendError where `asked` cannot run.
 
-        "auto" is the first of `backends`, except that triton is for 16 and 32 bits on a GPU: anywhere else it is slow.
+        "auto" is the first of `backends`, except that triton is for floats of 16 and 32 bits and for integers on a GPU:
+        anywhere else it is slow.
         A GPU without Triton is an error, not a reason to fall back.
         """
         if asked == "auto":
-            skipped = () if device.type == "cuda" and dtype in _TRITON_DTYPES else ("triton",)
+            skipped = () if device.type == "cuda" and _taken(dtype) else ("triton",)
             asked = next(backend for backend in self.backends if backend not in skipped)
         elif asked not in self.backends:
             known = ", ".join(repr(backend) for backend in ("auto", *self.backends))
@@ -80,9 +103,9 @@ class Op:
             raise BackendError(f"{self.name}: backend 'triton' cannot run: {missing}, or pass backend='reference'")
         return asked
 
-    def __call__(self, backend: str, inputs: Sequence[torch.Tensor | None], attrs: Sequence[Any] = ()) -> Any:
-        """The outputs, differentiable, by the backend asked for."""
-        lead = inputs[0]
+    def __call__(self, backend: str, inputs: Sequence[Any], attrs: Sequence[Any] = ()) -> Any:
+        """The outputs, differentiable, by the backend asked for; inputs are tensors, None, or lists of tensors."""
+        lead = inputs[0][0] if isinstance(inputs[0], list) else inputs[0]
         assert lead is not None
         backend = self.choose(backend, lead.device, lead.dtype)
         if backend == "triton":
@@ -91,9 +114,14 @@ class Op:
         return self.functions.get(backend, self.ref)(*inputs, *attrs)
 
 
+def _taken(dtype: torch.dtype) -> bool:
+    """Whether the kernels take a first input of this dtype; integers are only those of ops that are about them."""
+    return dtype in _TRITON_DTYPES or not dtype.is_floating_point
+
+
 def _missing(device: torch.device, dtype: torch.dtype) -> str | None:
     """What keeps Triton from running on such tensors, and what to do about it."""
-    if dtype not in _TRITON_DTYPES:
+    if not _taken(dtype):
         return f"its kernels take float32, float16 and bfloat16, not {dtype}; convert the tensors"
     if device.type == "meta":
         return None
@@ -106,7 +134,7 @@ def _missing(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _register(name: str, kernels: Kernels) -> Callable[..., Any]:
     """Define ditfast::<name>_fwd and _bwd for CPU, CUDA, meta and fake tensors; return the differentiable pair."""
-    n_in, n_out = len(kernels.inputs.split(",")), len(kernels.outputs)
+    n_out, kept = len(kernels.outputs), _kept(kernels)
 
     def fwd(*args: Any) -> tuple[torch.Tensor, ...]:
         results = kernels.empty(*args)
@@ -122,37 +150,90 @@ def _register(name: str, kernels: Kernels) -> Callable[..., Any]:
         return grads
 
     def bwd_empty(*args: Any) -> tuple[torch.Tensor, ...]:
-        inputs = args[n_out : n_out + n_in]
-        return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs)
+        # A raw op cannot return None, so an absent input has an empty gradient.
+        return tuple(
+            torch.empty(0, device=args[0].device)
+            if like is None
+            else torch.empty(like.shape, dtype=like.dtype, device=like.device)
+            for like in args[n_out : n_out + len(kept)]
+        )
 
     def bwd_fake(*args: Any) -> tuple[torch.Tensor, ...]:
         return bwd(*args) if _triton.is_recording() else bwd_empty(*args)
 
-    douts, saved = (f"Tensor d{output}" for output in kernels.outputs), (f"Tensor {name}" for name in kernels.saved)
+    arguments = (
+        *(f"Tensor d{output}" for output in kernels.outputs),
+        *(" ".join(declaration) for declaration in kept.values()),
+        *(f"Tensor {saved}" for saved in kernels.saved),
+        kernels.attrs,
+    )
     raw_fwd = _define(f"{name}_fwd", (kernels.inputs, kernels.attrs), n_out + len(kernels.saved), fwd, fwd_fake)
-    raw_bwd = _define(f"{name}_bwd", (*douts, kernels.inputs, *saved, kernels.attrs), n_in, bwd, bwd_fake)
+    raw_bwd = _define(f"{name}_bwd", arguments, len(kept), bwd, bwd_fake)
+    return _differentiable(name, kernels, raw_fwd, raw_bwd)
+
+
+def _kept(kernels: Kernels) -> dict[str, tuple[str, str]]:
+    """What the backward gets in place of each input that it grades: its type and name."""
+    declared = [declaration.split() for declaration in kernels.inputs.split(",")]
+    return {
+        input: (kind, kernels.stand_ins.get(input, input)) for kind, input in declared if input not in kernels.through
+    }
+
+
+def _differentiable(
+    name: str, kernels: Kernels, raw_fwd: Callable[..., Any], raw_bwd: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The function of both raw ops that autograd knows."""
+    inputs = [declaration.split()[-1] for declaration in kernels.inputs.split(",")]
+    outputs, kept, n_in, n_out = kernels.outputs, _kept(kernels), len(inputs), len(kernels.outputs)
 
     class Apply(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             results = _tuple(raw_fwd(*args))
-            ctx.save_for_backward(*args[:n_in], *results[n_out:])
+            known = dict(zip((*inputs, *outputs), (*args[:n_in], *results[:n_out]), strict=True))
+            for input, other in kernels.unread_without.items():
+                if known[other] is None:
+                    known[input] = known[input].new_empty(()).expand_as(known[input])
+            ctx.save_for_backward(*(known[stand_in] for _, stand_in in kept.values()), *results[n_out:])
             ctx.attrs = args[n_in:]
             return results[0] if n_out == 1 else results[:n_out]
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *douts: torch.Tensor) -> Any:
-            grads = _tuple(raw_bwd(*douts, *ctx.saved_tensors, *ctx.attrs))
-            return *grads, *(None for _ in ctx.attrs)
+            saved = ctx.saved_tensors
+            raw = _tuple(raw_bwd(*douts, *saved, *ctx.attrs))
+            given = zip(kept, saved, raw, strict=False)
+            grads = {input: None if like is None else grad for input, like, grad in given}
+            grads |= {input: douts[outputs.index(output)] for input, output in kernels.through.items()}
+            return *(grads[input] for input in inputs), *(None for _ in ctx.attrs)
 
     Apply.__name__ = Apply.__qualname__ = name
     return Apply.apply
 
 
+def _register_in_place(name: str, kernels: InPlace) -> Callable[..., Any]:
+    """Define ditfast::<name> for CPU, CUDA, meta and fake tensors."""
+
+    def impl(*args: Any) -> None:
+        kernels.run(*args)
+        # A kernel writes behind autograd's back, which would then not notice that a tensor it saved has changed.
+        written = (arg for arg, is_written in zip(args, writes, strict=True) if is_written)
+        torch.autograd.graph.increment_version(tree_leaves(list(written)))
+
+    def fake(*args: Any) -> None:
+        if _triton.is_recording():
+            kernels.run(*args)
+
+    op = _define(name, (kernels.schema,), 0, impl, fake)
+    writes = [bool(arg.alias_info and arg.alias_info.is_write) for arg in op._schema.arguments]
+    return op
+
+
 def _define(
     name: str, arguments: Sequence[str], n_results: int, impl: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
+) -> Any:
     """The raw op ditfast::<name>."""
     signature = ", ".join(filter(None, arguments))
     tags = (torch.Tag.pt2_compliant_tag,)

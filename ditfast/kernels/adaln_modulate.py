@@ -11,7 +11,7 @@ fp32         all arithmetic, mean and rstd, the partial sums of dshift and dscal
 saved        x, shift, scale (of the modulation views nothing is copied), mean and rstd (B, T) in fp32
 
 The backward reads x and dy once. A program owns a chunk of rows inside one sample, keeps dshift and dscale in registers
-and writes one partial row of each; a second kernel adds the rows in a fixed order. No atomics: equal bits in every run.
+and writes one partial row of each, which _rows.py adds up.
 """
 
 import torch
@@ -19,7 +19,8 @@ import torch.nn.functional as F
 
 from ._checks import check_dims, check_floating
 from ._op import Kernels, Op
-from ._triton import jit, launch, rows, tl, two_widths
+from ._rows import empty_partials, sum_partials, tiling
+from ._triton import jit, launch, rows, tl
 from .spec import XL_CASES, OpSpec, token_cases
 
 DIMS = {"x": "B T D", "shift": "B D", "scale": "B D"}
@@ -38,10 +39,6 @@ BWD_CONFIGS = (
     (4096, 1, 64, 8),
     (8192, 1, 64, 16),
 )
-# Fewer programs than this leave multiprocessors idle, so a program then takes fewer rows. A constant, not the count of
-# the chip at hand: the chunks decide the order of the sums, and so the bits.
-MIN_PROGRAMS = 264
-SUM_BLOCK = (8, 256)
 
 
 def adaln_modulate_ref(
@@ -200,47 +197,6 @@ def _adaln_modulate_bwd_kernel(
         tl.store(partial + D + tail_cols, tail_dscale, mask=tail_in)
 
 
-@jit
-def _adaln_modulate_sum_kernel(
-    partial_ptr,
-    dshift_ptr,
-    dscale_ptr,
-    chunks,
-    D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    pid = tl.program_id(0)
-    sample = (pid // blocks).to(tl.int64)
-    cols = (pid % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = cols < D
-    dshift = tl.zeros([BLOCK_D], tl.float32)
-    dscale = tl.zeros([BLOCK_D], tl.float32)
-    for c in range(0, chunks, BLOCK_C):
-        chunk = c + tl.arange(0, BLOCK_C)
-        live = (chunk < chunks)[:, None] & inside[None, :]
-        partial = partial_ptr + (sample * chunks + chunk)[:, None] * (2 * D) + cols[None, :]
-        dshift += tl.sum(tl.load(partial, mask=live, other=0.0), 0)
-        dscale += tl.sum(tl.load(partial + D, mask=live, other=0.0), 0)
-    tl.store(dshift_ptr + sample * D + cols, dshift, mask=inside)
-    tl.store(dscale_ptr + sample * D + cols, dscale, mask=inside)
-
-
-def _tiling(configs: tuple[tuple[int, ...], ...], B: int, T: int, D: int) -> tuple[int, dict[str, int]]:
-    """(chunks per sample, constants of the launch)."""
-    if configs[-1][0] < D:
-        raise ValueError(
-            f"adaln_modulate: D is {D}, the Triton kernels take up to {configs[-1][0]}; use backend='reference'"
-        )
-    _, tile, per_program, warps = next(config for config in configs if config[0] >= D)
-    while per_program > tile and B * -(-T // per_program) < MIN_PROGRAMS:
-        per_program //= 2
-    main, tail = two_widths(D)
-    meta = {"D": D, "MAIN": main, "TAIL": tail, "BLOCK_T": tile, "ROWS": per_program, "num_warps": warps}
-    return -(-T // per_program), meta
-
-
 def _adaln_modulate_empty(
     x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -260,7 +216,7 @@ def _adaln_modulate_fwd(
 ) -> None:
     y, mean, rstd = results
     B, T, D = x.shape
-    chunks, meta = _tiling(FWD_CONFIGS, B, T, D)
+    chunks, meta = tiling(_OP.name, FWD_CONFIGS, B, T, D)
     x, shift, scale = rows(x), rows(shift), rows(scale)
     strides = (x.stride(0), x.stride(1), shift.stride(0), scale.stride(0))
     launch(_adaln_modulate_fwd_kernel, B * chunks, x, shift, scale, y, mean, rstd, T, chunks, eps, *strides, **meta)
@@ -279,15 +235,13 @@ def _adaln_modulate_bwd(
 ) -> None:
     dx, dshift, dscale = grads
     B, T, D = x.shape
-    chunks, meta = _tiling(BWD_CONFIGS, B, T, D)
+    chunks, meta = tiling(_OP.name, BWD_CONFIGS, B, T, D)
     dy, x, scale = rows(dy), rows(x), rows(scale)
-    partial = torch.empty((B * chunks, 2, D), dtype=torch.float32, device=x.device)
+    partial = empty_partials(B, chunks, 2, D, x.device)
     strides = (dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), scale.stride(0))
     args = (dy, x, scale, mean, rstd, dx, partial, T, chunks, *strides)
     launch(_adaln_modulate_bwd_kernel, B * chunks, *args, **meta)
-    block_c, block_d = SUM_BLOCK
-    programs = B * -(-D // block_d)
-    launch(_adaln_modulate_sum_kernel, programs, partial, dshift, dscale, chunks, D=D, BLOCK_C=block_c, BLOCK_D=block_d)
+    sum_partials(partial, dshift, dscale)
 
 
 _OP = Op(
@@ -333,4 +287,5 @@ SPEC = OpSpec(
     stream=("x",),
     shard=("B", "T"),
     recompute=("y",),
+    bwd_unread=("shift",),
 )

@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for a GPU that need not be there, and read registers, spills and shared memory.
+"""Compile every Triton kernel for a GPU that need not be there, and read what it uses from the binary.
 
 The launches are recorded from the ops themselves, run on meta tensors at the shapes of OPS' benches, so a kernel cannot
 be forgotten here. ptxas and cuobjdump come with Triton's wheel.
@@ -20,12 +20,18 @@ from .spec import Case, OpSpec
 # Opt-in shared memory of a thread block, bytes (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMITS = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}
 _TENSOR_CORE = re.compile(r"^\s*(?:@\S+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*", re.MULTILINE)
+_LOAD = re.compile(r"\bLDG\S*")
+_WIDE = re.compile(r"\.(?:128|256)\b")
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel compiled for one architecture; spills in bytes a thread, tensor_core in instructions."""
+    """One kernel compiled for one architecture.
+
+    spills in bytes a thread; loads are instructions that read global memory, wide_loads those of 16 bytes or more a
+    thread; tensor_core are instructions too.
+    """
 
     op: str
     case: str
@@ -35,6 +41,8 @@ class Row:
     registers: int
     spills: int
     shared_bytes: int
+    loads: int
+    wide_loads: int
     tensor_core: int
 
     @property
@@ -48,9 +56,8 @@ def launches(spec: OpSpec, case: Case, dtype: torch.dtype) -> list[_triton.Launc
     inputs = spec.make_inputs(case, dtype, "meta")
     leaves = [v.requires_grad_() for v in inputs.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
     with _triton.recording() as recorded:
-        outputs = spec.fn(**inputs, backend="triton")
-        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-        if leaves:
+        outputs = spec.call(inputs, "triton")
+        if leaves and not spec.mutates:
             torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs])
     return recorded
 
@@ -73,7 +80,7 @@ def check(specs: Sequence[OpSpec], archs: Sequence[str], dtype: torch.dtype = to
 
 def _row(op: str, case: str, arch: str, launch: _triton.Launch) -> Row:
     compiled = _compile(launch, arch)
-    registers, spills = _resources(compiled.asm["cubin"])
+    registers, spills, loads = _inspect(compiled.asm["cubin"])
     return Row(
         op=op,
         case=case,
@@ -83,6 +90,8 @@ def _row(op: str, case: str, arch: str, launch: _triton.Launch) -> Row:
         registers=registers,
         spills=spills,
         shared_bytes=compiled.metadata.shared,
+        loads=len(loads),
+        wide_loads=sum(1 for load in loads if _WIDE.search(load)),
         tensor_core=len(_TENSOR_CORE.findall(compiled.asm["ptx"])),
     )
 
@@ -100,7 +109,7 @@ def _compile(launch: _triton.Launch, arch: str) -> Any:
     arguments = dict(zip(names, launch.args, strict=False)) | {k: v for k, v in launch.meta.items() if k in names}
     for i, name in enumerate(names):
         value = arguments[name]
-        if name in launch.meta or (isinstance(value, int) and value == 1):
+        if name in launch.meta or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], attrs[(i,)] = _POINTERS[value.dtype], [["tt.divisibility", 16]]
@@ -115,28 +124,31 @@ def _compile(launch: _triton.Launch, arch: str) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=options)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack and local memory) of a thread, by cuobjdump."""
+def _inspect(cubin: bytes) -> tuple[int, int, list[str]]:
+    """Registers, bytes of stack and local memory of a thread, and the global loads of the machine code."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+    def run(tool: str, *arguments: str) -> str:
+        return subprocess.run([tools / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return used["REG"], used["STACK"] + used["LOCAL"]
+        resources, code = run("cuobjdump", "--dump-resource-usage", file.name), run("nvdisasm", file.name)
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", resources)}
+    return used["REG"], used["STACK"] + used["LOCAL"], _LOAD.findall(code)
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text."""
-    head = ("op", "case", "kernel", "arch", "warps", "registers", "spills", "shared", "tensor core", "")
+    head = ("op", "case", "kernel", "arch", "warps", "registers", "spills", "shared", "wide loads", "tensor core", "")
     lines = [head] + [
         (
             *(row.op, row.case, row.kernel, row.arch, str(row.config.get("num_warps", 4)), str(row.registers)),
-            *(str(row.spills), str(row.shared_bytes), str(row.tensor_core), "ok" if row.ok else "SPILLS OR TOO LARGE"),
+            *(str(row.spills), str(row.shared_bytes), f"{row.wide_loads} of {row.loads}", str(row.tensor_core)),
+            "ok" if row.ok else "SPILLS OR TOO LARGE",
         )
         for row in rows
     ]

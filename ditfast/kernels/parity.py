@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .spec import OpSpec
 
@@ -40,9 +41,9 @@ class Verdict:
 def run(spec: OpSpec, inputs: Mapping[str, Any], backend: str, douts: list[torch.Tensor] | None = None) -> Tensors:
     """Outputs ("out0", ...) and, given their gradients, those of the floating-point inputs ("d<name>")."""
     leaves = {k: v.detach() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
-    wanted = {k: v.requires_grad_() for k, v in leaves.items() if douts is not None and v.is_floating_point()}
-    outputs = spec.fn(**{**inputs, **leaves}, backend=backend)
-    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    graded = douts is not None and not spec.mutates
+    wanted = {k: v.requires_grad_() for k, v in leaves.items() if graded and v.is_floating_point()}
+    outputs = spec.call({**inputs, **leaves}, backend)
     results = {f"out{i}": out.detach() for i, out in enumerate(outputs)}
     if wanted:
         grads = torch.autograd.grad(outputs, list(wanted.values()), douts)
@@ -60,10 +61,10 @@ def random_douts(outputs: Tensors, generator: torch.Generator) -> list[torch.Ten
 
 def oracle(spec: OpSpec, inputs: Mapping[str, Any], douts: list[torch.Tensor]) -> Tensors:
     """What `run` would give in float64 throughout, from the same rounded inputs."""
-    exact = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    exact = tree_map_only(torch.Tensor, torch.Tensor.double, dict(inputs))
     if "out_dtype" in inspect.signature(spec.fn).parameters:
         exact["out_dtype"] = torch.float64
-    integers = [k for k in exact if k in spec.integers]
+    integers = [k for k in spec.integers if not inputs[k].is_floating_point()]
     results = run(spec, exact, "reference", [dout.double() for dout in douts])
     return {k: v for k, v in results.items() if k.removeprefix("d") not in integers}
 
@@ -100,9 +101,9 @@ def check(spec: OpSpec, inputs: Mapping[str, Any], backend: str, generator: torc
 
 def _widened(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The floating-point tensors all in the widest dtype among them."""
-    floats = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
-    widest = max((v.dtype for v in floats.values()), key=lambda dtype: dtype.itemsize, default=torch.float32)
-    return {**inputs, **{k: v.to(widest) for k, v in floats.items()}}
+    floats = [v for v in tree_leaves(dict(inputs)) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    widest = max((v.dtype for v in floats), key=lambda dtype: dtype.itemsize, default=torch.float32)
+    return tree_map_only(torch.Tensor, lambda v: v.to(widest) if v.is_floating_point() else v, dict(inputs))
 
 
 def _max(error: torch.Tensor) -> float:

@@ -1,13 +1,16 @@
 """OpSpec: what there is to know about an op, once; tests, checks, benches and tables derive from it."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ._op import Op
+from ._op import Op, _tuple
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,8 @@ class Case:
 
     mixed    the stream's tensors are float32, the others in the suite's dtype (the dtypes of official autocast)
     strided  every tensor is a view into a larger one: its last dim dense, the other strides and the offset odd
+    absent   the optional inputs that are None
+    floats   the inputs that hold integers come as floats, and have gradients
     full     breadth, for the full test run only
     """
 
@@ -24,6 +29,8 @@ class Case:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     mixed: bool = False
     strided: bool = False
+    absent: tuple[str, ...] = ()
+    floats: bool = False
     full: bool = False
 
 
@@ -33,7 +40,7 @@ class OpSpec:
 
     fn          the public function; takes every name in dims, then the case's kwargs, then backend
     dims        the dims of each tensor by name ("B T D"); a number is a fixed size
-    cases       what the tests run; bench: what the compile check and the benches run (DiT-XL/2)
+    cases       what the tests run; bench: what the compile check and the benches run, DiT-XL/2 first
     stream      the inputs that stay float32 in a mixed case
     optional    the inputs that may be None
     integers    upper bound (exclusive) of each input that holds integers
@@ -41,6 +48,11 @@ class OpSpec:
     shard       the dims along which the op may be split without communication in the forward
     recompute   the results that a recompute policy may drop, being cheap to redo
     peers       other implementations by name, for the benches
+    bwd_unread  the arguments of the raw backward that it does not read: its minimal bytes are without them
+    mutates     the inputs, tensors or lists of them, that fn reads and writes in place; it then returns nothing
+    overwrites  those that it writes without reading
+    inputs      makes the inputs, in place of `dims`: of (case, dtype, device, generator)
+    traffic     what the traffic count runs, where the benches with two samples are not representative or too large
     """
 
     op: Op
@@ -55,6 +67,11 @@ class OpSpec:
     shard: tuple[str, ...] | None = None
     recompute: tuple[str, ...] | None = None
     peers: Mapping[str, Callable[..., Any]] | None = None
+    bwd_unread: tuple[str, ...] = ()
+    mutates: tuple[str, ...] = ()
+    overwrites: tuple[str, ...] = ()
+    inputs: Callable[..., dict[str, Any]] | None = None
+    traffic: tuple[Case, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -64,7 +81,7 @@ class OpSpec:
     @property
     def source(self) -> Path:
         """The op's file."""
-        return Path(self.fn.__code__.co_filename)
+        return Path(inspect.unwrap(self.fn).__code__.co_filename)
 
     def make_inputs(
         self,
@@ -74,28 +91,75 @@ class OpSpec:
         generator: torch.Generator | None = None,
     ) -> dict[str, Any]:
         """Keyword arguments of fn for a case, tensors drawn from `generator` (on `device`; not needed on meta)."""
+        if self.inputs:
+            return self.inputs(case, dtype, device, generator) | dict.fromkeys(case.absent)
         inputs: dict[str, Any] = {}
         for name, dims in self.dims.items():
             shape = [int(d) if d.isdigit() else case.sizes[d] for d in dims.split()]
             view = tuple(slice(1, size + 1) for size in shape) if case.strided else ()
             room = [size + 2 for size in shape] if case.strided else shape
-            if name in self.integers:
+            if name in self.integers and not case.floats:
                 values = torch.randint(self.integers[name], room, device=device, generator=generator)
             else:
                 kind = torch.float32 if case.mixed and name in self.stream else dtype
                 # A mean that is not zero and a variance that is not one, so that forgetting either shows.
                 values = (0.25 + 0.5 * torch.randn(room, device=device, generator=generator)).to(kind)
-            inputs[name] = values[view]
+            inputs[name] = None if name in case.absent else values[view]
         return inputs | dict(case.kwargs)
 
+    def call(self, inputs: Mapping[str, Any], backend: str) -> tuple[torch.Tensor, ...]:
+        """The outputs of fn, or of an op that works in place, copies of what it writes: `inputs` stay as they are.
+
+        The tensors of a list are one flat output, since an error's RMS over a bias of a few elements is an accident.
+        """
+        written = (*self.mutates, *self.overwrites)
+        copies = tree_map_only(torch.Tensor, torch.clone, {name: inputs[name] for name in written})
+        outputs = self.fn(**{**inputs, **copies}, backend=backend)
+        lists = filter(None, map(tree_leaves, copies.values()))
+        return tuple(torch.cat([t.flatten() for t in each]) for each in lists) if written else _tuple(outputs)
+
     def bytes_min(self, inputs: Mapping[str, Any]) -> dict[str, int]:
-        """Bytes that must move: forward, inputs read and outputs written once; backward, their gradients as well."""
-        meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-        outputs = self.fn(**meta, backend="reference")
-        read = sum(v.nbytes for v in meta.values() if isinstance(v, torch.Tensor))
-        graded = sum(v.nbytes for v in meta.values() if isinstance(v, torch.Tensor) and v.is_floating_point())
-        written = outputs.nbytes if isinstance(outputs, torch.Tensor) else sum(o.nbytes for o in outputs)
-        return {"fwd": read + written, "bwd": written + read + graded}
+        """Bytes that must move in "fwd" (inputs read, outputs written) and, where there are gradients, "bwd".
+
+        The backward reads the outputs' gradients and, but for `bwd_unread`, the inputs and what the forward saved for
+        it (mean and rstd of a norm), and writes the inputs' gradients, but for those that are an output's, handed on.
+        """
+        if self.mutates:
+            read = tree_leaves({name: value for name, value in inputs.items() if name not in self.overwrites})
+            written = tree_leaves([inputs[name] for name in (*self.mutates, *self.overwrites)])
+            return {"fwd": sum(v.nbytes for v in (*read, *written) if isinstance(v, torch.Tensor))}
+        meta = {k: v.detach().to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        tensors = {k: v for k, v in meta.items() if isinstance(v, torch.Tensor)}
+        leaves = [v.requires_grad_() for v in tensors.values() if v.is_floating_point()]
+        with _RawArguments(f"{self.name}_bwd") as raw:
+            outputs = self.fn(**meta, backend="triton" if self.op.kernels else "reference")
+            outputs = _tuple(outputs)
+            graded = [out for out in outputs if out.requires_grad]
+            if graded:
+                torch.autograd.grad(graded, leaves, [torch.empty_like(out) for out in graded], allow_unused=True)
+        fwd = sum(v.nbytes for v in (*tensors.values(), *outputs))
+        if not graded:
+            return {"fwd": fwd}
+        arguments = raw.arguments or tensors | {f"dout{i}": out for i, out in enumerate(graded)}
+        reads = sum(v.nbytes for name, v in arguments.items() if name not in self.bwd_unread)
+        through = getattr(self.op.kernels, "through", {})
+        writes = sum(v.nbytes for name, v in tensors.items() if v.requires_grad and name not in through)
+        return {"fwd": fwd, "bwd": reads + writes}
+
+
+class _RawArguments(TorchDispatchMode):
+    """The tensors that the raw op `name` is called with, by the names of its schema."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.op, self.arguments = f"ditfast::{name}", dict[str, torch.Tensor]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note the arguments of a call of the op; run every call as it is."""
+        if func._schema.name == self.op:
+            named = zip((argument.name for argument in func._schema.arguments), args, strict=False)
+            self.arguments = {name: arg for name, arg in named if isinstance(arg, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
 
 
 def token_cases(**fixed: Any) -> tuple[Case, ...]:
@@ -116,4 +180,8 @@ def token_cases(**fixed: Any) -> tuple[Case, ...]:
 
 
 XL_SIZES = {"B": 256, "T": 256, "D": 1152}
-XL_CASES = (Case("DiT-XL/2", XL_SIZES), Case("DiT-XL/2 official", XL_SIZES, mixed=True))
+XL_CASES = (
+    Case("DiT-XL/2", XL_SIZES),
+    Case("DiT-XL/2 official", XL_SIZES, mixed=True),
+    Case("LargeDiT-3B", XL_SIZES | {"D": 3072}),
+)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from ditfast.kernels import (
     OPS,
@@ -38,10 +39,10 @@ def test_auto_takes_the_kernel_on_a_gpu_and_pytorch_on_a_cpu(spec, monkeypatch):
 def test_call_takes_the_backend_that_backend_of_names(spec, device, monkeypatch):
     launched = []
     monkeypatch.setattr(_triton, "_recorder", launched)
-    inputs = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in small(spec).items()}
+    inputs = tree_map_only(torch.Tensor, lambda v: v.to("meta"), small(spec))
     for backend in ("auto", "reference"):
         spec.fn(**inputs, backend=backend)
-        assert backend_of(spec.name, "meta", torch.float32, backend) == "reference" and not launched
+        assert backend_of(spec.name, "meta", torch.float32, backend) != "triton" and not launched
     spec.fn(**inputs, backend="triton")
     assert launched
 

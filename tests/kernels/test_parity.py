@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ditfast.kernels import OPS, parity
+from ditfast.kernels import OPS, _rows, parity
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A mixed case has two dtypes, so float32 alone is not one.
@@ -27,6 +27,23 @@ def test_backend_stays_within_both_budgets(spec, backend, case, dtype, device, g
     inputs = spec.make_inputs(case, dtype, device, generator)
     verdicts = parity.check(spec, inputs, backend, generator)
     assert verdicts
+    assert all(verdict.ok for verdict in verdicts), [verdict for verdict in verdicts if not verdict.ok]
+
+
+@pytest.mark.parametrize(
+    ("spec", "case"),
+    [
+        pytest.param(spec, case, id=f"{spec.name}-{case.name}")
+        for spec in OPS
+        if "triton" in spec.op.backends
+        for case in spec.cases
+        if case.name in ("odd", "tiles")
+    ],
+)
+def test_programs_of_a_full_grid_stay_within_both_budgets(spec, case, device, generator, monkeypatch):
+    """On the small grids of the other tests a program takes a tile at most, and its loop would go untested."""
+    monkeypatch.setattr(_rows, "MIN_PROGRAMS", 0)
+    verdicts = parity.check(spec, spec.make_inputs(case, torch.bfloat16, device, generator), "triton", generator)
     assert all(verdict.ok for verdict in verdicts), [verdict for verdict in verdicts if not verdict.ok]
 
 

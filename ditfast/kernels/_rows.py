@@ -1,0 +1,100 @@
+"""What the ops over token rows share: the chunks of a launch, and the sum of the chunks' partial rows.
+
+A gradient of shape (B, D) is a sum over T. A program adds up its chunk of one sample's rows in registers and writes one
+partial row; `sum_partials` adds the rows in a fixed order. No atomics: equal bits in every run.
+"""
+
+import torch
+
+from ._triton import jit, launch, rows, tl, two_widths
+
+# Fewer programs than this leave multiprocessors idle, so a program then takes fewer rows. A constant, not the count of
+# the chip at hand: the chunks decide the order of the sums, and so the bits.
+MIN_PROGRAMS = 264
+SUM_BLOCK = (8, 256)
+
+
+def rows_per_program(tile: int, most: int, programs: int, T: int) -> int:
+    """Rows of one sample that a program takes: at most `most`, fewer for more programs, at least a tile.
+
+    `programs` is the number of programs if each took all T rows.
+    """
+    while most > tile and programs * -(-T // most) < MIN_PROGRAMS:
+        most //= 2
+    return most
+
+
+def tiling(op: str, configs: tuple[tuple[int, ...], ...], B: int, T: int, D: int) -> tuple[int, dict[str, int]]:
+    """(chunks per sample, constants of the launch) for programs that hold whole rows.
+
+    configs: (largest D, rows of a tile, rows of a program, warps), by D; ValueError for a D beyond the last.
+    """
+    if configs[-1][0] < D:
+        raise ValueError(f"{op}: D is {D}, the Triton kernels take up to {configs[-1][0]}; use backend='reference'")
+    _, tile, most, warps = next(config for config in configs if config[0] >= D)
+    per_program = rows_per_program(tile, most, B, T)
+    main, tail = two_widths(D)
+    meta = {"D": D, "MAIN": main, "TAIL": tail, "BLOCK_T": tile, "ROWS": per_program, "num_warps": warps}
+    return -(-T // per_program), meta
+
+
+def gate_rows(gate: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    """What `rows` makes of the gate, and its row stride; (None, 0) where there is none."""
+    return (None, 0) if gate is None else ((dense := rows(gate)), dense.stride(0))
+
+
+def gated_branch(branch: torch.Tensor, gate: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
+    """What `rows` makes of the branch, and its batch and row strides, for a backward; None where there is no gate."""
+    return (None, 0, 0) if gate is None else ((dense := rows(branch)), dense.stride(0), dense.stride(1))
+
+
+@jit
+def _sum_partials_kernel(
+    partial_ptr,
+    out0_ptr,
+    out1_ptr,
+    out2_ptr,
+    chunks,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    pid = tl.program_id(0)
+    sample = (pid // blocks).to(tl.int64)
+    cols = (pid % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = cols < D
+    sum0 = tl.zeros([BLOCK_D], tl.float32)
+    sum1 = tl.zeros([BLOCK_D], tl.float32)
+    sum2 = tl.zeros([BLOCK_D], tl.float32)
+    for c in range(0, chunks, BLOCK_C):
+        chunk = c + tl.arange(0, BLOCK_C)
+        live = (chunk < chunks)[:, None] & inside[None, :]
+        partial = partial_ptr + (sample * chunks + chunk)[:, None] * (PARTS * D) + cols[None, :]
+        sum0 += tl.sum(tl.load(partial, mask=live, other=0.0), 0)
+        if PARTS > 1:
+            sum1 += tl.sum(tl.load(partial + D, mask=live, other=0.0), 0)
+        if PARTS > 2:
+            sum2 += tl.sum(tl.load(partial + 2 * D, mask=live, other=0.0), 0)
+    tl.store(out0_ptr + sample * D + cols, sum0, mask=inside)
+    if PARTS > 1:
+        tl.store(out1_ptr + sample * D + cols, sum1, mask=inside)
+    if PARTS > 2:
+        tl.store(out2_ptr + sample * D + cols, sum2, mask=inside)
+
+
+def empty_partials(B: int, chunks: int, parts: int, D: int, device: torch.device) -> torch.Tensor:
+    """(B * chunks, parts, D) in float32, not yet written."""
+    return torch.empty((B * chunks, parts, D), dtype=torch.float32, device=device)
+
+
+def sum_partials(partial: torch.Tensor, *outs: torch.Tensor) -> None:
+    """Write to outs[i] (B, D), one to three, the sums over the chunks of partial[:, i], in outs[i]'s dtype."""
+    B, D = outs[0].shape
+    if not B:
+        return
+    block_c, block_d = SUM_BLOCK
+    pointers = (*outs, None, None)[:3]
+    meta = {"D": D, "PARTS": len(outs), "BLOCK_C": block_c, "BLOCK_D": block_d}
+    launch(_sum_partials_kernel, B * -(-D // block_d), partial, *pointers, partial.shape[0] // B, **meta)
