@@ -14,6 +14,7 @@ import jsonargparse
 import torch
 import yaml
 
+from ditfast.files import replacing
 from ditfast.layers.dit import SIZES
 
 
@@ -357,10 +358,8 @@ def load_config(path: str | Path) -> RunConfig:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Writes every option as YAML, which `--config` reads back."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")  # renamed into place: a full disk must not cost the former one
-    temporary.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False))
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False).encode())
 
 
 def _explain(message: str, known: list[str]) -> str:

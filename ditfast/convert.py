@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import os
 import pickle
 import re
 import zipfile
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from ditfast.files import replacing
 from ditfast.layers.dit import SIZES
 
 LABELS = "y_embedder.embedding_table.weight"
@@ -166,19 +166,11 @@ def export_official(path: str | Path, state: Mapping[str, Tensor], ema: Mapping[
     if path.suffix not in (".pt", ".pth", ".safetensors") or (path.suffix == ".safetensors" and ema is not None):
         raise ConvertError(f"cannot write weights to {path}: use .pt or .pth, or .safetensors for one set of weights")
     content: dict[str, Any] = _official(state) if ema is None else {"model": _official(state), "ema": _official(ema)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            if path.suffix == ".safetensors":
-                file.write(to_safetensors(content))
-            else:
-                torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        if path.suffix == ".safetensors":
+            file.write(to_safetensors(content))
+        else:
+            torch.save(content, file)
 
 
 def _official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,14 +1,13 @@
 """Samples as files: conversion to bytes, grids as PNG, arrays as .npz."""
 
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from ditfast.files import replacing
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -43,7 +42,8 @@ def save_grid(path: str | Path, images: Tensor | np.ndarray, columns: int, scale
         top, left = pad + i // columns * (height + pad), pad + i % columns * (width + pad)
         grid[top : top + height, left : left + width] = image
     picture = Image.fromarray(grid if channels == 3 else grid[..., 0])
-    _write(path, lambda file: picture.save(file, format="PNG"))
+    with replacing(path) as file:
+        picture.save(file, format="PNG")
 
 
 def save_npz(path: str | Path, images: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> None:
@@ -56,7 +56,8 @@ def save_npz(path: str | Path, images: Tensor | np.ndarray, labels: Tensor | np.
         raise ValueError(
             f"labels are {labels.dtype} {labels.shape}, expected int64 ({len(images)},), one for each image"
         )
-    _write(path, lambda file: np.savez(file, arr_0=images, labels=labels.astype(np.int64)))
+    with replacing(path) as file:
+        np.savez(file, arr_0=images, labels=labels.astype(np.int64))
 
 
 def _checked(images: Tensor | np.ndarray) -> np.ndarray:
@@ -66,16 +67,3 @@ def _checked(images: Tensor | np.ndarray) -> np.ndarray:
             f"images are {images.dtype} {images.shape}, expected uint8 (N, H, W, C) with N at least 1 and C 1 or 3"
         )
     return images
-
-
-def _write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file beside `path` and rename it, so that nobody ever reads half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import re
 import resource
 import time
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from ditfast.config import Precision
 from ditfast.distributed.world import is_main_process
+from ditfast.files import replacing
 
 log = logging.getLogger("ditfast")
 console = Console(stderr=True)  # one for log and progress bar, or they would write over each other
@@ -218,10 +218,8 @@ def _drop_records_after(path: Path, step: int) -> None:
     lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if _is_record_until(line, step)]
     if kept != lines:
-        # Renamed into place: a full disk must not cost the log.
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            file.write("".join(kept).encode())
 
 
 def _is_record_until(line: str, step: int) -> bool:

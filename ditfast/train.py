@@ -308,8 +308,8 @@ class Trainer:
             backend = kernels.backend_of(spec.name, self.device, config.precision.stream)
             taken.setdefault(backend, []).append(spec.name)
         log.info(
-            "%s: %.1f M parameters, %.2f GFLOP per image and step, %s on %d x %s; kernels: %s",
-            config.out, count_parameters(self.model) / 1e6, training_flops(self.model) / 1e9, config.train.precision,
+            "%s: %s parameters, %.2f GFLOP per image and step, %s on %d x %s; kernels: %s",
+            config.out, f"{count_parameters(self.model):,}", training_flops(self.model) / 1e9, config.train.precision,
             self.world.size, self.device, "; ".join(f"{name} for {', '.join(ops)}" for name, ops in taken.items()),
         )  # fmt: skip
         if self.step_done >= config.train.steps:
