@@ -5,16 +5,12 @@ with the commit and the machine. An op whose source has another hash since is st
 """
 
 import argparse
-import ast
-import hashlib
-import io
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-import tokenize
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,36 +18,14 @@ from typing import Any
 
 import torch
 
-from ditfast.kernels import OPS, OpSpec, _op, _rows, _triton
+from ditfast.kernels import OPS, OpSpec
+from ditfast.kernels._source import source_hash
 
 ROOT = Path(__file__).parents[1]
 LEDGER = ROOT / "bench" / "results" / "chip.json"
 KERNEL_OPS = tuple(spec for spec in OPS if "triton" in spec.op.backends)
 
 Ledger = dict[str, dict[str, Any]]
-
-
-def normalised(source: str) -> str:
-    """The source without docstrings, comments and blank lines, none of which a chip can notice.
-
-    By positions in the text, not by unparsing: the hash must not depend on the version of Python.
-    """
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
-            first, last = node.body[0].lineno, node.body[0].end_lineno or 0
-            lines[first - 1 : last] = [""] * (last - first + 1)
-    return "\n".join(line.rstrip() for line in lines if line.strip())
-
-
-def source_hash(spec: OpSpec) -> str:
-    """sha256 over the op's file and what its kernels share: the helpers, and the registration with its autograd."""
-    files = (spec.source, Path(_rows.__file__), Path(_triton.__file__), Path(_op.__file__))
-    return hashlib.sha256("\n".join(normalised(file.read_text()) for file in files).encode()).hexdigest()
 
 
 def read(path: Path = LEDGER) -> Ledger:
@@ -61,13 +35,13 @@ def read(path: Path = LEDGER) -> Ledger:
 
 def stale(ledger: Ledger, specs: Sequence[OpSpec] = KERNEL_OPS) -> list[str]:
     """Names of the ops that have not passed on a chip as they are now."""
-    return [spec.name for spec in specs if ledger.get(spec.name, {}).get("hash") != source_hash(spec)]
+    return [spec.name for spec in specs if ledger.get(spec.name, {}).get("hash") != source_hash(spec.source)]
 
 
 def record(passed: Sequence[str], machine: dict[str, Any], path: Path = LEDGER) -> None:
     """Enter the ops that passed; the entries of others stay."""
     ledger = read(path) | {
-        spec.name: {"hash": source_hash(spec), **machine} for spec in KERNEL_OPS if spec.name in passed
+        spec.name: {"hash": source_hash(spec.source), **machine} for spec in KERNEL_OPS if spec.name in passed
     }
     _write(ledger, path)
 

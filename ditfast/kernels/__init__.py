@@ -14,6 +14,7 @@ from .adamw_ema import adamw_ema
 from .attention import PACKED_SPEC as _ATTENTION_QKVPACKED
 from .attention import SPEC as _ATTENTION
 from .attention import attention, attention_qkvpacked
+from .autotune import tuned_in_use, use_pinned, use_tuned
 from .gate_residual import SPEC as _GATE_RESIDUAL
 from .gate_residual import gate_residual
 from .gate_residual_adaln_modulate import SPEC as _GATE_RESIDUAL_ADALN_MODULATE
@@ -67,5 +68,8 @@ __all__ = [
     "gelu_mlp",
     "patchify",
     "timestep_embedding",
+    "tuned_in_use",
     "unpatchify",
+    "use_pinned",
+    "use_tuned",
 ]

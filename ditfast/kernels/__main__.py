@@ -1,22 +1,50 @@
-"""`python -m ditfast.kernels check | traffic | table`: what can be known of the kernels without a GPU.
+"""`python -m ditfast.kernels check | traffic | tune | table`: tools for whoever writes kernels or chooses them.
 
-check compiles every kernel for GPUs that need not be there; traffic counts the bytes that they move, in Triton's
-interpreter (TRITON_INTERPRET=1); table prints the op table of the README.
+check    compiles every kernel for GPUs that need not be there: registers, spills, shared memory, tensor cores
+traffic  counts the bytes that every kernel moves, in Triton's interpreter (TRITON_INTERPRET=1 in the environment)
+tune     measures configs around the pinned ones on this GPU and writes the fastest to a file for `use_tuned`
+table    prints the op table of the README
 """
 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import OPS, check, traffic
+import torch
+
+from . import OPS, OpSpec, autotune, check, traffic
 from .readme import op_table
+from .tune import tune
+
+WITH_KERNELS = [spec.name for spec in OPS if "triton" in spec.op.backends]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command; 1 if a kernel is outside the limits, 2 if it cannot be checked here."""
+    """Run one sub-command; 1 if a kernel is outside the limits, 2 if it cannot be done here."""
+    options = _parser().parse_args(argv)
+    if options.command == "table":
+        print(op_table(OPS))
+        return 0
+    specs = [spec for spec in OPS if not options.op or spec.name in options.op]
+    try:
+        if options.command == "tune":
+            return _tune(specs, options)
+        tool: Any = {"check": check, "traffic": traffic}[options.command]
+        rows: list[Any] = list(check.check(specs, options.arch) if tool is check else traffic.traffic(specs))
+    except (RuntimeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(tool.table(rows))
+    if options.json:
+        options.json.write_text(json.dumps(tool.as_json(rows), indent=1) + "\n")
+    return 0 if all(row.ok for row in rows) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ditfast.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -26,21 +54,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     counted = commands.add_parser("traffic", help="bytes requested and unique bytes over the minimum")
     for command in (compiled, counted):
         command.add_argument("--json", type=Path, metavar="FILE", help="write one object per row here as well")
+    tuned = commands.add_parser("tune", help="measure configs on this GPU; what is in the file already is left")
+    tuned.add_argument("--sizes", nargs="+", type=_size, default=[], metavar="B=64", help="in place of the benches'")
+    tuned.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    tuned.add_argument("--cache", type=Path, default=autotune.CACHE, metavar="FILE", help="%(default)s")
+    tuned.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after this long")
+    for command in (compiled, counted, tuned):
+        command.add_argument("--op", nargs="+", choices=WITH_KERNELS, metavar="NAME", help="all by default")
     commands.add_parser("table", help="the op table of the README")
-    options = parser.parse_args(argv)
-    if options.command == "table":
-        print(op_table(OPS))
-        return 0
-    tool: Any = {"check": check, "traffic": traffic}[options.command]
-    try:
-        rows: list[Any] = list(check.check(OPS, options.arch) if tool is check else traffic.traffic(OPS))
-    except RuntimeError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(tool.table(rows))
-    if options.json:
-        options.json.write_text(json.dumps(tool.as_json(rows), indent=1) + "\n")
-    return 0 if all(row.ok for row in rows) else 1
+    return parser
+
+
+def _size(text: str) -> tuple[str, int]:
+    name, _, size = text.partition("=")
+    if not name.isalpha() or not size.isdecimal() or not int(size):
+        raise argparse.ArgumentTypeError(f"expected a dim and its size such as B=64, got {text!r}")
+    return name, int(size)
+
+
+def _tune(specs: Sequence[OpSpec], options: argparse.Namespace) -> int:
+    """Print and save each choice as soon as it is made, so that the next run goes on from there."""
+    started, known = time.monotonic(), autotune.known(options.cache)
+    made = tune(specs, getattr(torch, options.dtype), dict(options.sizes), known)
+    for choice in made:
+        print(choice, flush=True)
+        autotune.write(options.cache, [choice])
+        if time.monotonic() - started > options.seconds:
+            print("out of time: the same command goes on from here")
+            return 0
+    print(f"{options.cache} holds every choice asked for; use_tuned({str(options.cache)!r}) uses them")
+    return 0
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ try:
     import triton
     import triton.language as tl
 
-    INSTALLED, IMPORT_ERROR = True, ""
+    INSTALLED, IMPORT_ERROR, VERSION = True, "", triton.__version__
     INTERPRETED = bool(triton.knobs.runtime.interpret)
     jit = triton.jit
 except ImportError as error:
     INSTALLED = INTERPRETED = False
-    IMPORT_ERROR = str(error)
+    IMPORT_ERROR, VERSION = str(error), "none"
 
     class tl:  # type: ignore[no-redef]
         """What the signatures of the kernels name."""

@@ -31,6 +31,7 @@ import torch
 from ._checks import check_dims, check_floating
 from ._op import InPlace, Op
 from ._triton import jit, launch, tl
+from .autotune import pick
 from .spec import Case, OpSpec
 
 Tensors = Sequence[torch.Tensor]
@@ -198,10 +199,10 @@ class _Tables(NamedTuple):
 
 @lru_cache(maxsize=8)
 def _tables(
-    numels: tuple[int, ...], addresses: tuple[int, ...], decays: tuple[float, ...], device: torch.device
+    numels: tuple[int, ...], addresses: tuple[int, ...], decays: tuple[float, ...], span: int, device: torch.device
 ) -> _Tables:
     """The tables of these tensors: made once, since gradients too come back to their addresses step after step."""
-    n, span = len(numels), CONFIG[0]
+    n = len(numels)
 
     def upload(values: Any, dtype: torch.dtype) -> torch.Tensor:
         # Pinned: a copy from pageable memory would wait for the device.
@@ -221,10 +222,12 @@ def _adamw_ema(*args: Any) -> None:
     """The launches."""
     weights, grads, exp_avgs, exp_avg_sqs, emas, copies, *scalars, decays, beta1, beta2, eps = args
     steps, lr, found_inf, grad_factor, alphas = scalars
-    n, (span, block, warps) = len(weights), CONFIG
+    n, numels = len(weights), tuple(w.numel() for w in weights)
+    kinds = (grads[0].dtype, copies[0].dtype if copies else None)
+    span, block, warps = pick("adamw_ema_update", CONFIG, sum(numels), n, len(emas) // n, *kinds)
     groups = (weights, grads, exp_avgs, exp_avg_sqs, emas, copies)
     addresses = tuple(t.data_ptr() for group in groups for t in group)
-    tables = _tables(tuple(w.numel() for w in weights), addresses, tuple(decays), steps.device)
+    tables = _tables(numels, addresses, tuple(decays), span, steps.device)
     corrections = torch.empty((2, n), dtype=torch.float32, device=steps.device)
     logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
     launch(_adamw_ema_step_kernel, -(-n // STEP_BLOCK), steps, found_inf, lr, corrections, n, *logs, BLOCK=STEP_BLOCK)

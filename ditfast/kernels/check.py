@@ -75,12 +75,13 @@ def check(specs: Sequence[OpSpec], archs: Sequence[str], dtype: torch.dtype = to
         for spec in specs:
             for case in spec.bench if "triton" in spec.op.backends else ():
                 for launch in launches(spec, case, dtype):
-                    yield _row(spec.name, case.name, arch, launch)
+                    yield inspect(spec.name, case.name, arch, launch)
 
 
-def _row(op: str, case: str, arch: str, launch: _triton.Launch) -> Row:
+def inspect(op: str, case: str, arch: str, launch: _triton.Launch) -> Row:
+    """The Row of a launch compiled for an architecture."""
     compiled = _compile(launch, arch)
-    registers, spills, loads = _inspect(compiled.asm["cubin"])
+    registers, spills, loads = _read_binary(compiled.asm["cubin"])
     return Row(
         op=op,
         case=case,
@@ -124,7 +125,7 @@ def _compile(launch: _triton.Launch, arch: str) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=options)
 
 
-def _inspect(cubin: bytes) -> tuple[int, int, list[str]]:
+def _read_binary(cubin: bytes) -> tuple[int, int, list[str]]:
     """Registers, bytes of stack and local memory of a thread, and the global loads of the machine code."""
     import triton
 

@@ -90,13 +90,33 @@ def judge(results: Tensors, eager: Tensors, exact: Tensors, library: bool = Fals
     return verdicts
 
 
+@dataclass(frozen=True)
+class Truth:
+    """What the backends of an op are judged by for given inputs; `douts` are the gradients of the outputs."""
+
+    spec: OpSpec
+    inputs: Mapping[str, Any]
+    douts: list[torch.Tensor]
+    eager: Tensors
+    exact: Tensors
+
+    def judge(self, backend: str) -> list[Verdict]:
+        """The verdicts on one backend."""
+        results = run(self.spec, self.inputs, backend, self.douts)
+        eager = {name: value.to(results[name].dtype) for name, value in self.eager.items()}
+        return judge(results, eager, self.exact, library=backend in self.spec.op.functions)
+
+
+def truth(spec: OpSpec, inputs: Mapping[str, Any], generator: torch.Generator) -> Truth:
+    """The oracle and the eager reference for the given inputs, the outputs' gradients drawn from `generator`."""
+    douts = random_douts(run(spec, inputs, "reference"), generator)
+    eager = run(spec, _widened(inputs), "reference", douts)
+    return Truth(spec, inputs, douts, eager, oracle(spec, inputs, douts))
+
+
 def check(spec: OpSpec, inputs: Mapping[str, Any], backend: str, generator: torch.Generator) -> list[Verdict]:
     """The verdicts on one backend for the given inputs, the gradients of the outputs drawn from `generator`."""
-    douts = random_douts(run(spec, inputs, "reference"), generator)
-    results = run(spec, inputs, backend, douts)
-    eager = run(spec, _widened(inputs), "reference", douts)
-    eager = {name: value.to(results[name].dtype) for name, value in eager.items()}
-    return judge(results, eager, oracle(spec, inputs, douts), library=backend in spec.op.functions)
+    return truth(spec, inputs, generator).judge(backend)
 
 
 def _widened(inputs: Mapping[str, Any]) -> dict[str, Any]:

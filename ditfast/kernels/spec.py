@@ -131,7 +131,7 @@ class OpSpec:
         meta = {k: v.detach().to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
         tensors = {k: v for k, v in meta.items() if isinstance(v, torch.Tensor)}
         leaves = [v.requires_grad_() for v in tensors.values() if v.is_floating_point()]
-        with _RawArguments(f"{self.name}_bwd") as raw:
+        with RawCalls() as raw:
             outputs = self.fn(**meta, backend="triton" if self.op.kernels else "reference")
             outputs = _tuple(outputs)
             graded = [out for out in outputs if out.requires_grad]
@@ -140,26 +140,32 @@ class OpSpec:
         fwd = sum(v.nbytes for v in (*tensors.values(), *outputs))
         if not graded:
             return {"fwd": fwd}
-        arguments = raw.arguments or tensors | {f"dout{i}": out for i, out in enumerate(graded)}
+        backward = next((_named(*c) for c in raw.made if c[0]._schema.name == f"ditfast::{self.name}_bwd"), {})
+        arguments = backward or tensors | {f"dout{i}": out for i, out in enumerate(graded)}
         reads = sum(v.nbytes for name, v in arguments.items() if name not in self.bwd_unread)
         through = getattr(self.op.kernels, "through", {})
         writes = sum(v.nbytes for name, v in tensors.items() if v.requires_grad and name not in through)
         return {"fwd": fwd, "bwd": reads + writes}
 
 
-class _RawArguments(TorchDispatchMode):
-    """The tensors that the raw op `name` is called with, by the names of its schema."""
+class RawCalls(TorchDispatchMode):
+    """Notes the calls of the package's raw ops inside, (op, arguments) in `made`; all run as they are."""
 
-    def __init__(self, name: str):
+    def __init__(self) -> None:
         super().__init__()
-        self.op, self.arguments = f"ditfast::{name}", dict[str, torch.Tensor]()
+        self.made: list[tuple[Any, tuple[Any, ...]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note the arguments of a call of the op; run every call as it is."""
-        if func._schema.name == self.op:
-            named = zip((argument.name for argument in func._schema.arguments), args, strict=False)
-            self.arguments = {name: arg for name, arg in named if isinstance(arg, torch.Tensor)}
+        """Note the call if it is one, and make it."""
+        if func.namespace == "ditfast":
+            self.made.append((func, args))
         return func(*args, **(kwargs or {}))
+
+
+def _named(func: Any, args: tuple[Any, ...]) -> dict[str, torch.Tensor]:
+    """The tensors among a raw op's arguments, by the names of its schema."""
+    named = zip((argument.name for argument in func._schema.arguments), args, strict=False)
+    return {name: arg for name, arg in named if isinstance(arg, torch.Tensor)}
 
 
 def token_cases(**fixed: Any) -> tuple[Case, ...]:

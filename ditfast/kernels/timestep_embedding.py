@@ -17,13 +17,13 @@ import torch
 from ._checks import check_dims
 from ._op import Kernels, Op
 from ._triton import jit, launch, tl
+from .autotune import pick
 from .spec import Case, OpSpec
 
 DIMS = {"t": "B"}
-# Angles of a program: 4 for a thread, whose float64 registers then suffice without spills, and 64 programs for 256
-# timesteps. Not measured on a chip yet; the launch is what costs.
-ANGLES = 512
-WARPS = 4
+# (angles of a program, warps): 4 angles for a thread, whose float64 registers then suffice without spills, and 64
+# programs for 256 timesteps. Not measured on a chip yet; the launch is what costs.
+CONFIG = (512, 4)
 
 
 def timestep_embedding_ref(t: torch.Tensor, dim: int, max_period: float, out_dtype: torch.dtype) -> torch.Tensor:
@@ -109,13 +109,15 @@ def _timestep_embedding_bwd_kernel(
     tl.store(dt_ptr + row, dt.to(tl.float32), mask=live)
 
 
-def _tiling(B: int, dim: int, max_period: float) -> tuple[int, dict[str, Any]]:
-    """(programs, constants of both launches); the decay is one of them since a float argument would come in fp32."""
+def _tiling(kernel: str, t: torch.Tensor, dim: int, max_period: float) -> tuple[int, dict[str, Any]]:
+    """(programs, constants of a launch); the decay is one of them since a float argument would come in fp32."""
     half = dim // 2
     cols = 1 << (half - 1).bit_length()
-    block = max(1, ANGLES // cols)
+    angles, warps = pick(kernel, CONFIG, t, dim)
+    block = max(1, angles // cols)
     decay = -math.log(max_period) / half
-    return -(-B // block), {"DECAY": decay, "HALF": half, "COLS": cols, "BLOCK_B": block, "num_warps": WARPS}
+    meta = {"DECAY": decay, "HALF": half, "COLS": cols, "BLOCK_B": block, "num_warps": warps}
+    return -(-t.shape[0] // block), meta
 
 
 def _timestep_embedding_empty(
@@ -129,7 +131,7 @@ def _timestep_embedding_fwd(
     results: tuple[torch.Tensor, ...], t: torch.Tensor, dim: int, max_period: float, out_dtype: torch.dtype
 ) -> None:
     (e,) = results
-    programs, meta = _tiling(t.shape[0], dim, max_period)
+    programs, meta = _tiling("timestep_embedding_fwd", t, dim, max_period)
     args = (t, e, t.shape[0], t.stride(0))
     launch(_timestep_embedding_fwd_kernel, programs, *args, DIM=dim, **meta)
 
@@ -143,7 +145,7 @@ def _timestep_embedding_bwd(
     out_dtype: torch.dtype,
 ) -> None:
     (dt,) = grads
-    programs, meta = _tiling(t.shape[0], dim, max_period)
+    programs, meta = _tiling("timestep_embedding_bwd", t, dim, max_period)
     args = (de, t, dt, t.shape[0], *de.stride(), t.stride(0))
     launch(_timestep_embedding_bwd_kernel, programs, *args, **meta)
 

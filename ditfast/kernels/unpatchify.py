@@ -12,12 +12,13 @@ import torch
 from ._checks import check_dims, check_floating
 from ._op import Kernels, Op
 from ._triton import jit, launch, tl
+from .autotune import pick
 from .spec import Case, OpSpec
 
 DIMS = {"y": "B T E"}
-# A row of DiT-XL/2 at 256 pixels has 512 elements, at 512 pixels 1024; 4 to 8 a thread. Not measured on a chip yet.
-BLOCK = 1024
-WARPS = 4
+# (elements of a tile, warps). A row of DiT-XL/2 at 256 pixels has 512 elements, at 512 pixels 1024; 4 to 8 a thread.
+# Not measured on a chip yet.
+CONFIG = (1024, 4)
 
 
 def unpatchify_ref(y: torch.Tensor, patch_size: int, h: int, w: int) -> torch.Tensor:
@@ -86,9 +87,10 @@ def _unpatchify_bwd_kernel(
         tl.store(dy_ptr + pid.to(tl.int64) * w * E + element, tl.load(dimage, mask=live), mask=live)
 
 
-def _meta(y: torch.Tensor, p: int) -> dict[str, int]:
-    """The constants of both launches."""
-    return {"C": y.shape[2] // (p * p), "P": p, "BLOCK": BLOCK, "num_warps": WARPS}
+def _meta(kernel: str, y: torch.Tensor, p: int, h: int) -> dict[str, int]:
+    """The constants of a launch."""
+    block, warps = pick(kernel, CONFIG, y, p, h)
+    return {"C": y.shape[2] // (p * p), "P": p, "BLOCK": block, "num_warps": warps}
 
 
 def _unpatchify_empty(y: torch.Tensor, patch_size: int, h: int, w: int) -> tuple[torch.Tensor]:
@@ -98,14 +100,15 @@ def _unpatchify_empty(y: torch.Tensor, patch_size: int, h: int, w: int) -> tuple
 
 
 def _unpatchify_fwd(results: tuple[torch.Tensor, ...], y: torch.Tensor, patch_size: int, h: int, w: int) -> None:
-    launch(_unpatchify_fwd_kernel, y.shape[0] * h, y, *results, h, w, *y.stride(), **_meta(y, patch_size))
+    meta = _meta("unpatchify_fwd", y, patch_size, h)
+    launch(_unpatchify_fwd_kernel, y.shape[0] * h, y, *results, h, w, *y.stride(), **meta)
 
 
 def _unpatchify_bwd(
     grads: tuple[torch.Tensor, ...], dimage: torch.Tensor, y: torch.Tensor, patch_size: int, h: int, w: int
 ) -> None:
-    programs = dimage.shape[0] * h
-    launch(_unpatchify_bwd_kernel, programs, dimage, *grads, h, w, *dimage.stride(), **_meta(y, patch_size))
+    meta = _meta("unpatchify_bwd", y, patch_size, h)
+    launch(_unpatchify_bwd_kernel, dimage.shape[0] * h, dimage, *grads, h, w, *dimage.stride(), **meta)
 
 
 _OP = Op(

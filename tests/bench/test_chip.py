@@ -15,37 +15,6 @@ import torch
 from bench import chip
 
 ROOT = Path(__file__).parents[2]
-SOURCE = '''"""Doc."""
-
-x = 1  # a comment
-
-
-def f():
-    """More doc."""
-    return "# no comment"
-'''
-
-
-def test_comments_docstrings_and_blank_lines_do_not_count():
-    assert chip.normalised(SOURCE) == 'x = 1\ndef f():\n    return "# no comment"'
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "same"), (("a comment", "another", True), ("Doc.", "Text.", True), ("x = 1", "x = 2", False))
-)
-def test_only_code_changes_the_hash(old, new, same, tmp_path):
-    before, after = tmp_path / "before.py", tmp_path / "after.py"
-    before.write_text(SOURCE)
-    after.write_text(SOURCE.replace(old, new))
-    hashes = {chip.source_hash(SimpleNamespace(source=path)) for path in (before, after)}
-    assert (len(hashes) == 1) is same
-
-
-def test_the_shared_registration_counts_in_the_hash(tmp_path, monkeypatch):
-    before = chip.source_hash(chip.KERNEL_OPS[0])
-    (tmp_path / "_op.py").write_text("x = 1")
-    monkeypatch.setattr(chip._op, "__file__", str(tmp_path / "_op.py"))
-    assert chip.source_hash(chip.KERNEL_OPS[0]) != before
 
 
 def test_an_op_is_stale_until_recorded_and_again_when_its_source_changes(tmp_path):

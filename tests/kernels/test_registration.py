@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import ditfast.kernels as kernels
 from ditfast.kernels import OPS, parity
+from ditfast.kernels.spec import RawCalls
 
 SPECS = [pytest.param(spec, id=spec.name) for spec in OPS]
 KERNELS = [pytest.param(spec, id=spec.name) for spec in OPS if "triton" in spec.op.backends]
@@ -31,19 +31,6 @@ def with_and_without_optional(spec):
     return spec.cases[0], *(case for case in spec.cases if case.absent)
 
 
-class RawCalls(TorchDispatchMode):
-    """The calls of raw ops inside, each with its arguments."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "ditfast":
-            self.made.append((func, args, kwargs))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("spec", KERNELS)
 def test_opcheck(spec, device, generator):
     for case in with_and_without_optional(spec):
@@ -52,8 +39,8 @@ def test_opcheck(spec, device, generator):
         with RawCalls() as raw:
             parity.run(spec, inputs, "triton", douts)
         assert len(raw.made) == (1 if spec.mutates else 2)
-        for op, args, kwargs in raw.made:
-            torch.library.opcheck(op, tree_map_only(torch.Tensor, torch.Tensor.detach, args), kwargs)
+        for op, args in raw.made:
+            torch.library.opcheck(op, tree_map_only(torch.Tensor, torch.Tensor.detach, args))
 
 
 @pytest.mark.parametrize("spec", KERNELS)
