@@ -128,18 +128,24 @@ class Tally:
 def run_tests(
     seconds: float, arguments: Sequence[str] = (), path: Path = LEDGER, tests: Path = ROOT / "tests" / "kernels"
 ) -> int:
-    """Run the kernel tests on this machine's GPU and keep the ledger; pytest's exit status.
+    """Run the sanitizer and the kernel tests on this machine's GPU and keep the ledger; pytest's exit status, or 1.
 
-    With pytest arguments nothing is entered: they may have left tests of an op out.
+    With pytest arguments nothing is entered, as they may have left tests of an op out, and the sanitizer is left out.
     """
     import pytest
 
-    whole = not arguments and not os.environ.get("PYTEST_ADDOPTS")
-    tally = Tally(time.monotonic() + seconds, machine_line(), path, enters=whole)
+    from bench.sanitize import sanitize
+
+    deadline, whole = time.monotonic() + seconds, not arguments and not os.environ.get("PYTEST_ADDOPTS")
+    unsafe = sanitize(seconds / 3) if whole else set()
+    for name in unsafe:
+        forget(name, path)
+    tally = Tally(deadline, machine_line(), path, enters=whole)
+    tally.failed |= unsafe
     status = pytest.main(["-q", "-p", "no:cacheprovider", str(tests), *arguments], plugins=[tally])
     entered = ", ".join(tally.passed) or "none" if whole else "none, since pytest had arguments"
     print(f"entered as passed on {torch.cuda.get_device_name()}: {entered}")
-    return int(status)
+    return int(status) or int(bool(unsafe))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -114,11 +114,18 @@ RUN = """
 import sys
 from pathlib import Path
 import torch
-from bench import chip
+from bench import chip, sanitize
 torch.cuda.get_device_name = lambda: "a chip"
 ledger, suite = map(Path, sys.argv[1:3])
-chip.run_tests(60, sys.argv[3:], ledger, suite)
+sanitize.sanitize = lambda seconds: set(sys.argv[3].split())
+sys.exit(chip.run_tests(60, sys.argv[4:], ledger, suite))
 """
+
+
+def run_suite(ledger: Path, suite: Path, unsafe: str, *arguments: str) -> int:
+    """The exit status of run_tests on this suite where the sanitizer rejects one op, or none."""
+    command = [sys.executable, "-c", RUN, str(ledger), str(suite), unsafe, *arguments]
+    return subprocess.run(command, cwd=ROOT, timeout=120).returncode
 
 
 @pytest.mark.parametrize(
@@ -128,11 +135,18 @@ def test_a_whole_run_enters_the_ops_that_passed(passes, arguments, enters, tmp_p
     suite, ledger = tmp_path / "test_suite.py", tmp_path / "chip.json"
     suite.write_text(SUITE.format(passes=passes))
     (tmp_path / "pytest.ini").write_text('[pytest]\naddopts = -m "not full"\nmarkers = full\n')
-    command = [sys.executable, "-c", RUN, str(ledger), str(suite), *arguments]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    run_suite(ledger, suite, "", *arguments)
     recorded = chip.read(ledger)
     assert set(recorded) == ({spec.name for spec in chip.KERNEL_OPS} if enters else set())
     assert all(entry["gpu"] == "a chip" and entry["torch"] for entry in recorded.values())
+
+
+def test_an_op_that_the_sanitizer_rejects_is_taken_out_though_its_tests_pass(tmp_path, ledger):
+    suite = tmp_path / "test_suite.py"
+    suite.write_text(SUITE.format(passes=True))
+    (tmp_path / "pytest.ini").write_text('[pytest]\naddopts = -m "not full"\nmarkers = full\n')
+    assert run_suite(ledger, suite, OP) == 1
+    assert set(chip.read(ledger)) == {spec.name for spec in chip.KERNEL_OPS} - {OP}
 
 
 def run_script(*args: str, root: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
@@ -178,6 +192,23 @@ def test_script_without_a_gpu_says_so_and_leaves_the_ledger():
     done = run_script("test")
     assert done.returncode == 0 and "no GPU" in done.stdout
     assert (chip.LEDGER.read_bytes() if chip.LEDGER.exists() else None) == before
+
+
+def test_script_tunes_into_the_results_within_the_rest_of_its_time(tmp_path):
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    (tmp_path / "bench" / "results" / "tuned.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    shutil.copy(ROOT / "bench" / "gpu.sh", tmp_path / "bench")
+    stub = tmp_path / "python"
+    stub.write_text('#!/usr/bin/env bash\ncase $* in *cuda*) echo True ;; *kernels*) echo "ran $*"; exit 3 ;; esac\n')
+    stub.chmod(0o755)
+    done = run_script("tune", "--op", "patchify", root=tmp_path, PYTHON=str(stub), OUT=str(tmp_path / "out"))
+    assert done.returncode == 3, "the command's status is the script's"
+    ran = re.fullmatch(
+        r"ran -m ditfast.kernels tune --cache bench/results/tuned.json --op patchify --seconds (\d+)\n", done.stdout
+    )
+    assert 460 <= int(ran[1]) <= 470
+    assert (tmp_path / "out" / "tuned.json").exists()
 
 
 @pytest.mark.parametrize("args", ((), ("tset",)))
