@@ -3,14 +3,14 @@
 Equation numbers "DDPM" are those of Ho et al. 2020, "IDDPM" those of Nichol and Dhariwal 2021.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from . import loss, samplers
-from .types import ConditionFn, LossType, Model, ModelMeanType, ModelVarType, Moments, TensorFn
+from .types import ConditionFn, LossType, Model, ModelMeanType, ModelVarType, Moments, TensorFn, Unmixed
 
 
 def _checked_betas(betas: Tensor | Sequence[float]) -> Tensor:
@@ -68,7 +68,6 @@ class GaussianDiffusion:
         self.sqrt_alphas_cumprod = bar.sqrt()
         self.sqrt_one_minus_alphas_cumprod = (1 - bar).sqrt()
         self.one_minus_alphas_cumprod = 1 - bar
-        self.one_minus_alphas_cumprod_prev = 1 - bar_before
         self.log_one_minus_alphas_cumprod = (1 - bar).log()
         self.sqrt_recip_alphas_cumprod = (1 / bar).sqrt()
         self.sqrt_recipm1_alphas_cumprod = (1 / bar - 1).sqrt()
@@ -84,14 +83,21 @@ class GaussianDiffusion:
         self.fixed_large_log_variance = self.fixed_large_variance.log()
         self._cache: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
-    def _select(self, name: str, t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def _select(
+        self,
+        name: str,
+        t: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        make: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
         if t.ndim != 1 or t.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"t must be (B,) int64 timesteps, got shape {tuple(t.shape)} of {t.dtype}")
         if t.device != device:
             raise ValueError(f"t is on {t.device} and the data on {device}: move one of them")
         key = (name, device, dtype)
         if key not in self._cache:
-            self._cache[key] = getattr(self, name).to(device=device, dtype=dtype)
+            self._cache[key] = (make() if make else getattr(self, name)).to(device=device, dtype=dtype)
         try:
             return self._cache[key].index_select(0, t)
         except IndexError:
@@ -99,12 +105,15 @@ class GaussianDiffusion:
                 f"t must lie in 0 .. {self.num_timesteps - 1}, got values from {t.min()} to {t.max()}"
             ) from None
 
-    def gather(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """Entries at t (B,) of the table `name` as (B, 1, ...), to multiply `like` (B, ...), in fp32 or its float64."""
+    def gather_rows(self, name: str, t: Tensor, like: Tensor, make: Callable[[], Tensor] | None = None) -> Tensor:
+        """Rows at t (B,) of the table `name` (T, ...), that `make` makes at first, in fp32 or the float64 of `like`."""
         if len(t) != len(like):
             raise ValueError(f"t has {len(t)} timesteps for {len(like)} samples")
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        return self._select(name, t, like.device, dtype).view(-1, *(1,) * (like.ndim - 1))
+        return self._select(name, t, like.device, torch.promote_types(like.dtype, torch.float32), make)
+
+    def gather(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """Entries at t (B,) of the table `name` as (B, 1, ...), to multiply `like` (B, ...), in fp32 or its float64."""
+        return self.gather_rows(name, t, like).view(-1, *(1,) * (like.ndim - 1))
 
     def original_timesteps(self, t: Tensor) -> Tensor:
         """The timesteps (B,) that models are given for the process's own t (B,)."""
@@ -150,6 +159,21 @@ class GaussianDiffusion:
         rest = xprev - self.gather("posterior_mean_coef2", t, x_t) * x_t
         return rest / self.gather("posterior_mean_coef1", t, x_t)
 
+    def call_unmixed(
+        self, model: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[Unmixed, Any]:
+        """Run a network, or those of a guidance without mixing: what they returned, and the extra output."""
+        run = getattr(model, "unmixed", model)
+        output, extra = run(x, self.original_timesteps(t), **(model_kwargs or {})), None
+        if isinstance(output, tuple):
+            output, extra = output
+        unmixed = output if isinstance(output, Unmixed) else Unmixed(output)
+        channels = x.shape[1]
+        expected = 2 * channels if self.model_var_type.is_learned else channels
+        if unmixed.cond.shape != (len(x), expected, *x.shape[2:]):
+            self._refuse_output(tuple(unmixed.cond.shape), tuple(x.shape))
+        return unmixed, extra
+
     def call_model(
         self, model: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None = None
     ) -> tuple[Tensor, Tensor | None, Any]:
@@ -157,13 +181,8 @@ class GaussianDiffusion:
 
         Half-precision outputs are widened to fp32, so that the moments are never rounded to half precision.
         """
-        output, extra = model(x, self.original_timesteps(t), **(model_kwargs or {})), None
-        if isinstance(output, tuple):
-            output, extra = output
-        channels = x.shape[1]
-        expected = 2 * channels if self.model_var_type.is_learned else channels
-        if output.shape != (len(x), expected, *x.shape[2:]):
-            self._refuse_output(tuple(output.shape), tuple(x.shape))
+        unmixed, extra = self.call_unmixed(model, x, t, model_kwargs)
+        output = unmixed.mixed()
         output = output.to(torch.promote_types(output.dtype, torch.float32))
         if not self.model_var_type.is_learned:
             return output, None, extra

@@ -1,9 +1,10 @@
 """Guidance: callables that stand where a model stands and mix a conditional with an unconditional prediction.
 
 eps = eps_uncond + scale * (eps_cond - eps_uncond), scale = 1 + w (Ho and Salimans 2022, equation 6). A learned variance
-is always the conditional one.
+is always the conditional one. A process asks for `unmixed` in place of calling, and its samplers mix as they step.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .types import Model
+from .types import Model, Unmixed
 
 
 def _checked_weight(name: str, value: float) -> float:
@@ -55,27 +56,34 @@ class _Guidance(ABC):
     def _both(self, x: Tensor, t: Tensor, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The conditional and the unconditional output."""
 
-    def _guided(self, x: Tensor, t: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
+    def _guided(self, x: Tensor, t: Tensor, y: Tensor, **kwargs: Any) -> Unmixed:
         if len(y) != len(x):
             raise ValueError(f"{len(x)} samples need {len(x)} labels, got {len(y)}: guidance doubles the batch itself")
         channels = x.shape[1] if self.channels is None else min(self.channels, x.shape[1])
         cond, uncond = self._both(x, t, y, **kwargs)
         _check_output("conditional", cond, x)
         _check_output("unconditional", uncond, x)
-        eps, base = cond[:, :channels], uncond[:, :channels]
-        return torch.cat([base + self.scale * (eps - base), cond[:, channels:]], dim=1)
+        return Unmixed(cond, uncond[:, :channels], self.scale)
 
     def at_timestep(self, t: int) -> Model:
         """The callable for a batch that is all at original timestep t: guided inside the interval, else conditional."""
-        if self.interval is None or self.interval[0] <= t < self.interval[1]:
-            return self._guided
-        return self._conditional
+        if self.interval is None:
+            return self
+        if not self.interval[0] <= t < self.interval[1]:
+            return self._conditional
+        everywhere = copy.copy(self)
+        everywhere.interval = None
+        return everywhere
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
         """Guided output (N, C or 2C, ...) for x (N, C, ...), original timesteps t (N,) and labels y (N,).
 
         With an interval this reads t on the host; the sampling loops avoid that wait by `at_timestep`.
         """
+        return self.unmixed(x, t, y, **kwargs).mixed()
+
+    def unmixed(self, x: Tensor, t: Tensor, y: Tensor, **kwargs: Any) -> Unmixed:
+        """The predictions that a call mixes; mixed already for a batch that lies in the interval only in part."""
         if self.interval is None:
             return self._guided(x, t, y, **kwargs)
         inside = (t >= self.interval[0]) & (t < self.interval[1])
@@ -83,8 +91,9 @@ class _Guidance(ABC):
             return self._guided(x, t, y, **kwargs)
         conditional = self._conditional(x, t, y, **kwargs)
         if not bool(inside.any()):
-            return conditional
-        return torch.where(inside.view(-1, *(1,) * (x.ndim - 1)), self._guided(x, t, y, **kwargs), conditional)
+            return Unmixed(conditional)
+        guided = self._guided(x, t, y, **kwargs).mixed()
+        return Unmixed(torch.where(inside.view(-1, *(1,) * (x.ndim - 1)), guided, conditional))
 
 
 class ClassifierFreeGuidance(_Guidance):

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from .types import ConditionFn, Model, TensorFn
+from ditfast.kernels import guided_step
+
+from .step_table import Sampler, step_table
+from .types import ConditionFn, Model, ModelMeanType, TensorFn, Unmixed
 
 if TYPE_CHECKING:
     from .gaussian import GaussianDiffusion
@@ -26,36 +29,33 @@ class Step(TypedDict):
 
 
 class StepOptions(TypedDict, total=False):
-    """Options of a sampler's step that its loops hand on.
+    """Options that every step takes.
 
     `clip_denoised` (default True) clamps the predicted x_0 to [-1, 1] after `denoised_fn`; `cond_fn` is the gradient of
-    log p(y | x_t); `model_kwargs` go to the model and to cond_fn; `noise_fn` draws noise shaped like its argument, once
-    a step, the last step included (default torch.randn_like; to seed each sample, pass one that uses generators).
+    log p(y | x_t); `model_kwargs` go to the model and to cond_fn.
     """
 
     clip_denoised: bool
     denoised_fn: TensorFn | None
     cond_fn: ConditionFn | None
     model_kwargs: Mapping[str, Any] | None
+
+
+class SamplerOptions(StepOptions, total=False):
+    """Options of a sampler's step that its loops hand on.
+
+    `noise_fn` draws noise shaped like its argument, once a step, the last step included (default torch.randn_like; to
+    seed each sample, pass one that uses generators).
+    """
+
     noise_fn: TensorFn
 
 
 def p_sample(
-    process: "GaussianDiffusion",
-    model: Model,
-    x: Tensor,
-    t: Tensor,
-    clip_denoised: bool = True,
-    denoised_fn: TensorFn | None = None,
-    cond_fn: ConditionFn | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-    noise_fn: TensorFn = torch.randn_like,
+    process: "GaussianDiffusion", model: Model, x: Tensor, t: Tensor, **options: Unpack[SamplerOptions]
 ) -> Step:
     """One ancestral step x_t (B, C, ...) -> x_{t-1}; no noise is added at t = 0 (Ho et al. 2020, algorithm 2)."""
-    out = process.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-    mean = out["mean"] if cond_fn is None else process.condition_mean(cond_fn, out, x, t, model_kwargs)
-    noise = noise_fn(x) * _after_first(t, x)
-    return {"sample": mean + torch.exp(0.5 * out["log_variance"]) * noise, "pred_xstart": out["pred_xstart"]}
+    return _step(process, "ddpm", 1.0, model, x, t, **options)
 
 
 def ddim_sample(
@@ -63,27 +63,19 @@ def ddim_sample(
     model: Model,
     x: Tensor,
     t: Tensor,
-    clip_denoised: bool = True,
-    denoised_fn: TensorFn | None = None,
-    cond_fn: ConditionFn | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
+    *,
     eta: float = 0.0,
-    noise_fn: TensorFn = torch.randn_like,
+    **options: Unpack[SamplerOptions],
 ) -> Step:
     """One DDIM step x_t (B, C, ...) -> x_{t-1} (Song et al. 2020, equation 12).
 
     Args:
         eta: 0 is deterministic, 1 has the posterior's variance (equation 16).
+        options: see `SamplerOptions`; noise is drawn at eta = 0 and at t = 0 too, as officially, and not added.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie between 0 (deterministic) and 1 (the posterior's variance), got {eta}")
-    x_start, eps = _x_start_and_eps(process, model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
-    variance = eta**2 * process.gather("posterior_variance", t, x)
-    # From a table of its own: in fp32, 1 - alpha_bar near the data can round to less than the variance at eta 1.
-    direction = (process.gather("one_minus_alphas_cumprod_prev", t, x) - variance).sqrt()
-    mean = process.gather("alphas_cumprod_prev", t, x).sqrt() * x_start + direction * eps
-    # The posterior variance is 0 at t = 0, so the last step adds no noise; it is drawn all the same, as officially.
-    return {"sample": mean + variance.sqrt() * noise_fn(x), "pred_xstart": x_start}
+    return _step(process, "ddim", eta, model, x, t, **options)
 
 
 def ddim_reverse_sample(
@@ -91,11 +83,9 @@ def ddim_reverse_sample(
     model: Model,
     x: Tensor,
     t: Tensor,
-    clip_denoised: bool = True,
-    denoised_fn: TensorFn | None = None,
-    cond_fn: ConditionFn | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
+    *,
     eta: float = 0.0,
+    **options: Unpack[StepOptions],
 ) -> Step:
     """One step x_t (B, C, ...) -> x_{t+1} of the DDIM's differential equation run backwards, from data to noise.
 
@@ -103,10 +93,7 @@ def ddim_reverse_sample(
     """
     if eta != 0:
         raise ValueError(f"the reverse exists for the deterministic path only: eta must be 0, got {eta}")
-    x_start, eps = _x_start_and_eps(process, model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
-    bar_after = process.gather("alphas_cumprod_next", t, x)
-    sample = bar_after.sqrt() * x_start + (1 - bar_after).sqrt() * eps
-    return {"sample": sample, "pred_xstart": x_start}
+    return _step(process, "ddim_reverse", eta, model, x, t, noise_fn=None, **options)
 
 
 def p_sample_loop_progressive(
@@ -117,7 +104,7 @@ def p_sample_loop_progressive(
     *,
     device: torch.device | str | None = None,
     progress: bool = False,
-    **options: Unpack[StepOptions],
+    **options: Unpack[SamplerOptions],
 ) -> Iterator[Step]:
     """The steps of `p_sample_loop`, one by one, from t = T - 1 to 0."""
     return _loop(process, partial(p_sample, process, **options), model, shape, noise, device, progress)
@@ -132,7 +119,7 @@ def ddim_sample_loop_progressive(
     device: torch.device | str | None = None,
     progress: bool = False,
     eta: float = 0.0,
-    **options: Unpack[StepOptions],
+    **options: Unpack[SamplerOptions],
 ) -> Iterator[Step]:
     """The steps of `ddim_sample_loop`, one by one, from t = T - 1 to 0."""
     return _loop(process, partial(ddim_sample, process, eta=eta, **options), model, shape, noise, device, progress)
@@ -146,7 +133,7 @@ def p_sample_loop(
     *,
     device: torch.device | str | None = None,
     progress: bool = False,
-    **options: Unpack[StepOptions],
+    **options: Unpack[SamplerOptions],
 ) -> Tensor:
     """Samples (B, C, ...) by the ancestral chain.
 
@@ -156,7 +143,7 @@ def p_sample_loop(
         noise: the x_T to start from, of that shape; drawn from torch's global generator if None.
         device: where to draw it; by default the model's, for a bare function torch's default device.
         progress: show a bar.
-        options: see `StepOptions`.
+        options: see `SamplerOptions`.
     """
     return _last(p_sample_loop_progressive(process, model, shape, noise, device=device, progress=progress, **options))
 
@@ -170,7 +157,7 @@ def ddim_sample_loop(
     device: torch.device | str | None = None,
     progress: bool = False,
     eta: float = 0.0,
-    **options: Unpack[StepOptions],
+    **options: Unpack[SamplerOptions],
 ) -> Tensor:
     """Samples (B, C, ...) by DDIM; arguments as in `p_sample_loop`, `eta` as in `ddim_sample`."""
     return _last(
@@ -207,25 +194,42 @@ def _last(steps: Iterator[Step]) -> Tensor:
     return sample
 
 
-def _x_start_and_eps(
+def _step(
     process: "GaussianDiffusion",
+    sampler: Sampler,
+    eta: float,
     model: Model,
     x: Tensor,
     t: Tensor,
-    clip_denoised: bool,
-    denoised_fn: TensorFn | None,
-    cond_fn: ConditionFn | None,
-    model_kwargs: Mapping[str, Any] | None,
-) -> tuple[Tensor, Tensor]:
-    """The network's x_0 (clamped, conditioned) and the noise that fits to it."""
-    out = process.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-    if cond_fn is not None:
-        out = process.condition_score(cond_fn, out, x, t, model_kwargs)
-    return out["pred_xstart"], process.predict_eps_from_xstart(x, t, out["pred_xstart"])
-
-
-def _after_first(t: Tensor, like: Tensor) -> Tensor:
-    return (t > 0).view(-1, *(1,) * (like.ndim - 1))
+    clip_denoised: bool = True,
+    denoised_fn: TensorFn | None = None,
+    cond_fn: ConditionFn | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    noise_fn: TensorFn | None = torch.randn_like,
+) -> Step:
+    """Where no function of the caller's stands between prediction and update, mixing, clamp and update are one op."""
+    mean_type = process.model_mean_type
+    if denoised_fn is None and cond_fn is None:
+        unmixed, _ = process.call_unmixed(model, x, t, model_kwargs)
+    else:
+        out = process.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        if sampler == "ddpm":
+            mean = out["mean"] if cond_fn is None else process.condition_mean(cond_fn, out, x, t, model_kwargs)
+            assert noise_fn is not None
+            noise = noise_fn(x) * (t > 0).view(-1, *(1,) * (x.ndim - 1))
+            return {"sample": mean + torch.exp(0.5 * out["log_variance"]) * noise, "pred_xstart": out["pred_xstart"]}
+        if cond_fn is not None:
+            out = process.condition_score(cond_fn, out, x, t, model_kwargs)
+        unmixed, mean_type, clip_denoised = Unmixed(out["pred_xstart"]), ModelMeanType.START_X, False
+    noise = None if noise_fn is None else noise_fn(x)
+    name = f"{sampler}, eta {eta}, {mean_type}"
+    coefficients = process.gather_rows(name, t, x, lambda: step_table(process, sampler, eta, mean_type))
+    learned = coefficients.shape[1] == 7
+    cond = unmixed.cond if learned else unmixed.cond[:, : x.shape[1]]
+    added = noise if eta > 0 else None
+    x_next, x_start = guided_step(x, cond, unmixed.uncond, added, coefficients, unmixed.scale, clip_denoised)
+    assert x_start is not None
+    return {"sample": x_next, "pred_xstart": x_start}
 
 
 def _device_of(model: object) -> torch.device | None:

@@ -2,9 +2,12 @@
 
 import enum
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from torch import Tensor
+
+from ditfast.kernels.guided_step import guide
 
 Model = Callable[..., Any]
 """`model(x (B, C, ...), t (B,) int64, **model_kwargs)` -> (B, C or 2C, ...), or a tuple of that and an extra."""
@@ -55,6 +58,22 @@ class LossType(enum.Enum):
     def is_vb(self) -> bool:
         """Whether the loss is the variational bound."""
         return self in (LossType.KL, LossType.RESCALED_KL)
+
+
+@dataclass(frozen=True)
+class Unmixed:
+    """What one network returned, or what the two of a guidance did, so that a sampler's step can mix as it goes.
+
+    cond (B, C or 2C, ...); uncond (B, G, ...), for the first G channels that are guided by `scale`, or None.
+    """
+
+    cond: Tensor
+    uncond: Tensor | None = None
+    scale: float = 1.0
+
+    def mixed(self) -> Tensor:
+        """The guided output, shaped like cond."""
+        return guide(self.cond, self.uncond, self.scale)
 
 
 class Moments(TypedDict):

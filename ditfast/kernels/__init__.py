@@ -21,6 +21,8 @@ from .gate_residual_adaln_modulate import SPEC as _GATE_RESIDUAL_ADALN_MODULATE
 from .gate_residual_adaln_modulate import gate_residual_adaln_modulate
 from .gelu_mlp import SPEC as _GELU_MLP
 from .gelu_mlp import gelu_mlp
+from .guided_step import SPEC as _GUIDED_STEP
+from .guided_step import guided_step
 from .patchify import SPEC as _PATCHIFY
 from .patchify import patchify
 from .spec import OpSpec
@@ -39,6 +41,7 @@ OPS: tuple[OpSpec, ...] = (
     _TIMESTEP_EMBEDDING,
     _PATCHIFY,
     _UNPATCHIFY,
+    _GUIDED_STEP,
     _ADAMW_EMA,
 )
 
@@ -66,6 +69,7 @@ __all__ = [
     "gate_residual",
     "gate_residual_adaln_modulate",
     "gelu_mlp",
+    "guided_step",
     "patchify",
     "timestep_embedding",
     "tuned_in_use",

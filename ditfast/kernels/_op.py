@@ -32,10 +32,12 @@ class Kernels:
     through         {"x": "x_new"}: the gradient of x is that of this output, and the backward has no part in it
     unread_without  {"branch": "gate"}: where gate is None the backward reads but the shape and dtype of branch, and
                     gets an expanded scalar, so that branch is not kept
+    constants       inputs without a gradient; where autograd wants it, the kernels cannot run
     empty(*inputs, *attrs)                            the results, not yet written
     fwd(results, *inputs, *attrs)                     writes them
     bwd(grads, *douts, *inputs, *saved, *attrs)       writes grads, contiguous tensors like the inputs; without those
-                                                      in `through`, empty for an input that is None
+                                                      in `through` and `constants`, empty for one that is None
+                                                      None: no derivative, and only the raw op <name>_fwd
     """
 
     inputs: str
@@ -44,10 +46,11 @@ class Kernels:
     saved: tuple[str, ...]
     empty: Callable[..., tuple[torch.Tensor, ...]]
     fwd: Callable[..., None]
-    bwd: Callable[..., None]
+    bwd: Callable[..., None] | None
     stand_ins: Mapping[str, str] = field(default_factory=dict)
     through: Mapping[str, str] = field(default_factory=dict)
     unread_without: Mapping[str, str] = field(default_factory=dict)
+    constants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,19 +89,29 @@ class Op:
         """Every backend of this op, the preferred first."""
         return (*(("triton",) if self.kernels else ()), *self.functions, "reference")
 
-    def choose(self, asked: str, device: torch.device, dtype: torch.dtype) -> str:
+    @property
+    def differentiable(self) -> bool:
+        """Whether every backend has a derivative."""
+        return self.kernels is None or (isinstance(self.kernels, Kernels) and self.kernels.bwd is not None)
+
+    def choose(self, asked: str, device: torch.device, dtype: torch.dtype, underived: bool = False) -> str:
         """The concrete backend for a first input of this device and dtype; BackendError where `asked` cannot run.
 
         "auto" is the first of `backends`, except that triton is for floats of 16 and 32 bits and for integers on a GPU:
-        anywhere else it is slow.
+        anywhere else it is slow. `underived` says that autograd wants a derivative that the kernels lack.
         A GPU without Triton is an error, not a reason to fall back.
         """
         if asked == "auto":
-            skipped = () if device.type == "cuda" and _taken(dtype) else ("triton",)
+            skipped = () if device.type == "cuda" and _taken(dtype) and not underived else ("triton",)
             asked = next(backend for backend in self.backends if backend not in skipped)
         elif asked not in self.backends:
             known = ", ".join(repr(backend) for backend in ("auto", *self.backends))
             raise BackendError(f"{self.name}: backend {asked!r} is not one of {known}")
+        if asked == "triton" and underived:
+            raise BackendError(
+                f"{self.name}: backend 'triton' has no derivative by an input that requires one; detach it, call the "
+                "op under torch.no_grad(), or pass backend='reference'"
+            )
         if asked == "triton" and (missing := _missing(device, dtype)):
             raise BackendError(f"{self.name}: backend 'triton' cannot run: {missing}, or pass backend='reference'")
         return asked
@@ -107,11 +120,25 @@ class Op:
         """The outputs, differentiable, by the backend asked for; inputs are tensors, None, or lists of tensors."""
         lead = inputs[0][0] if isinstance(inputs[0], list) else inputs[0]
         assert lead is not None
-        backend = self.choose(backend, lead.device, lead.dtype)
+        backend = self.choose(backend, lead.device, lead.dtype, _graded(self._underived(inputs)))
         if backend == "triton":
             assert self._apply is not None
             return self._apply(*inputs, *attrs)
         return self.functions.get(backend, self.ref)(*inputs, *attrs)
+
+    def _underived(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """Those of the inputs that the kernels have no gradient of."""
+        if not self.differentiable:
+            return inputs
+        if not isinstance(self.kernels, Kernels) or not self.kernels.constants:
+            return ()
+        named = zip(_names(self.kernels), inputs, strict=True)
+        return [value for name, value in named if name in self.kernels.constants]
+
+
+def _graded(inputs: Sequence[Any]) -> bool:
+    """Whether autograd is on and wants the gradient of one of these."""
+    return torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in inputs)
 
 
 def _taken(dtype: torch.dtype) -> bool:
@@ -133,8 +160,11 @@ def _missing(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _register(name: str, kernels: Kernels) -> Callable[..., Any]:
-    """Define ditfast::<name>_fwd and _bwd for CPU, CUDA, meta and fake tensors; return the differentiable pair."""
-    n_out, kept = len(kernels.outputs), _kept(kernels)
+    """Define ditfast::<name>_fwd and _bwd for CPU, CUDA, meta and fake tensors; return the differentiable pair.
+
+    Without a backward: <name>_fwd alone.
+    """
+    n_out, kept, backward = len(kernels.outputs), _kept(kernels), kernels.bwd
 
     def fwd(*args: Any) -> tuple[torch.Tensor, ...]:
         results = kernels.empty(*args)
@@ -146,7 +176,8 @@ def _register(name: str, kernels: Kernels) -> Callable[..., Any]:
 
     def bwd(*args: Any) -> tuple[torch.Tensor, ...]:
         grads = bwd_empty(*args)
-        kernels.bwd(grads, *args)
+        assert backward is not None
+        backward(grads, *args)
         return grads
 
     def bwd_empty(*args: Any) -> tuple[torch.Tensor, ...]:
@@ -155,37 +186,46 @@ def _register(name: str, kernels: Kernels) -> Callable[..., Any]:
             torch.empty(0, device=args[0].device)
             if like is None
             else torch.empty(like.shape, dtype=like.dtype, device=like.device)
-            for like in args[n_out : n_out + len(kept)]
+            for input, like in zip(kept, args[n_out:], strict=False)
+            if input not in kernels.constants
         )
 
     def bwd_fake(*args: Any) -> tuple[torch.Tensor, ...]:
         return bwd(*args) if _triton.is_recording() else bwd_empty(*args)
 
+    raw_fwd = _define(f"{name}_fwd", (kernels.inputs, kernels.attrs), n_out + len(kernels.saved), fwd, fwd_fake)
+    if backward is None:
+        return raw_fwd
     arguments = (
         *(f"Tensor d{output}" for output in kernels.outputs),
         *(" ".join(declaration) for declaration in kept.values()),
         *(f"Tensor {saved}" for saved in kernels.saved),
         kernels.attrs,
     )
-    raw_fwd = _define(f"{name}_fwd", (kernels.inputs, kernels.attrs), n_out + len(kernels.saved), fwd, fwd_fake)
-    raw_bwd = _define(f"{name}_bwd", arguments, len(kept), bwd, bwd_fake)
+    raw_bwd = _define(f"{name}_bwd", arguments, len(kept.keys() - set(kernels.constants)), bwd, bwd_fake)
     return _differentiable(name, kernels, raw_fwd, raw_bwd)
 
 
 def _kept(kernels: Kernels) -> dict[str, tuple[str, str]]:
-    """What the backward gets in place of each input that it grades: its type and name."""
+    """What the backward gets in place of each input that it grades or reads: its type and name."""
     declared = [declaration.split() for declaration in kernels.inputs.split(",")]
     return {
         input: (kind, kernels.stand_ins.get(input, input)) for kind, input in declared if input not in kernels.through
     }
 
 
+def _names(kernels: Kernels) -> list[str]:
+    """The inputs by name."""
+    return [declaration.split()[-1] for declaration in kernels.inputs.split(",")]
+
+
 def _differentiable(
     name: str, kernels: Kernels, raw_fwd: Callable[..., Any], raw_bwd: Callable[..., Any]
 ) -> Callable[..., Any]:
     """The function of both raw ops that autograd knows."""
-    inputs = [declaration.split()[-1] for declaration in kernels.inputs.split(",")]
+    inputs = _names(kernels)
     outputs, kept, n_in, n_out = kernels.outputs, _kept(kernels), len(inputs), len(kernels.outputs)
+    constants = kernels.constants
 
     class Apply(torch.autograd.Function):
         @staticmethod
@@ -204,10 +244,11 @@ def _differentiable(
         def backward(ctx: Any, *douts: torch.Tensor) -> Any:
             saved = ctx.saved_tensors
             raw = _tuple(raw_bwd(*douts, *saved, *ctx.attrs))
-            given = zip(kept, saved, raw, strict=False)
-            grads = {input: None if like is None else grad for input, like, grad in given}
+            graded = [(input, like) for input, like in zip(kept, saved, strict=False) if input not in constants]
+            given = zip(graded, raw, strict=True)
+            grads = {input: None if like is None else grad for (input, like), grad in given}
             grads |= {input: douts[outputs.index(output)] for input, output in kernels.through.items()}
-            return *(grads[input] for input in inputs), *(None for _ in ctx.attrs)
+            return *(grads.get(input) for input in inputs), *(None for _ in ctx.attrs)
 
     Apply.__name__ = Apply.__qualname__ = name
     return Apply.apply
@@ -252,4 +293,4 @@ def _only(fn: Callable[..., tuple[torch.Tensor]]) -> Callable[..., torch.Tensor]
 
 
 def _tuple(results: Any) -> tuple[torch.Tensor, ...]:
-    return (results,) if isinstance(results, torch.Tensor) else tuple(results)
+    return (results,) if isinstance(results, torch.Tensor) else tuple(out for out in results if out is not None)

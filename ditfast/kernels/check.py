@@ -54,10 +54,10 @@ class Row:
 def launches(spec: OpSpec, case: Case, dtype: torch.dtype) -> list[_triton.Launch]:
     """The launches of one forward and backward, recorded on meta tensors."""
     inputs = spec.make_inputs(case, dtype, "meta")
-    leaves = [v.requires_grad_() for v in inputs.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    leaves = [v.requires_grad_() for v in spec.graded(inputs).values()]
     with _triton.recording() as recorded:
         outputs = spec.call(inputs, "triton")
-        if leaves and not spec.mutates:
+        if leaves:
             torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs])
     return recorded
 

@@ -41,8 +41,7 @@ class Verdict:
 def run(spec: OpSpec, inputs: Mapping[str, Any], backend: str, douts: list[torch.Tensor] | None = None) -> Tensors:
     """Outputs ("out0", ...) and, given their gradients, those of the floating-point inputs ("d<name>")."""
     leaves = {k: v.detach() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
-    graded = douts is not None and not spec.mutates
-    wanted = {k: v.requires_grad_() for k, v in leaves.items() if graded and v.is_floating_point()}
+    wanted = {k: v.requires_grad_() for k, v in (spec.graded(leaves) if douts is not None else {}).items()}
     outputs = spec.call({**inputs, **leaves}, backend)
     results = {f"out{i}": out.detach() for i, out in enumerate(outputs)}
     if wanted:
@@ -104,7 +103,7 @@ class Truth:
         """The verdicts on one backend."""
         results = run(self.spec, self.inputs, backend, self.douts)
         eager = {name: value.to(results[name].dtype) for name, value in self.eager.items()}
-        return judge(results, eager, self.exact, library=backend in self.spec.op.functions)
+        return judge(results, eager, self.exact, library=backend != "triton")
 
 
 def truth(spec: OpSpec, inputs: Mapping[str, Any], generator: torch.Generator) -> Truth:

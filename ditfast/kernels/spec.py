@@ -42,6 +42,7 @@ class OpSpec:
     dims        the dims of each tensor by name ("B T D"); a number is a fixed size
     cases       what the tests run; bench: what the compile check and the benches run, DiT-XL/2 first
     stream      the inputs that stay float32 in a mixed case
+    float32     the inputs that are float32 in every case
     optional    the inputs that may be None
     integers    upper bound (exclusive) of each input that holds integers
     flops       matrix-multiply FLOPs of the forward, from the inputs (the backward has twice that); None: none
@@ -61,6 +62,7 @@ class OpSpec:
     cases: tuple[Case, ...]
     bench: tuple[Case, ...]
     stream: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     integers: Mapping[str, int] = field(default_factory=dict)
     flops: Callable[[Mapping[str, Any]], int] | None = None
@@ -101,11 +103,18 @@ class OpSpec:
             if name in self.integers and not case.floats:
                 values = torch.randint(self.integers[name], room, device=device, generator=generator)
             else:
-                kind = torch.float32 if case.mixed and name in self.stream else dtype
+                wide = (*self.float32, *self.stream) if case.mixed else self.float32
+                kind = torch.float32 if name in wide else dtype
                 # A mean that is not zero and a variance that is not one, so that forgetting either shows.
                 values = (0.25 + 0.5 * torch.randn(room, device=device, generator=generator)).to(kind)
             inputs[name] = None if name in case.absent else values[view]
         return inputs | dict(case.kwargs)
+
+    def graded(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The tensors among the inputs that every backend has the gradient of."""
+        without = getattr(self.op.kernels, "constants", ()) if self.op.differentiable else inputs
+        tensors = {name: v for name, v in inputs.items() if isinstance(v, torch.Tensor) and name not in without}
+        return {name: v for name, v in tensors.items() if v.is_floating_point()}
 
     def call(self, inputs: Mapping[str, Any], backend: str) -> tuple[torch.Tensor, ...]:
         """The outputs of fn, or of an op that works in place, copies of what it writes: `inputs` stay as they are.
@@ -130,7 +139,7 @@ class OpSpec:
             return {"fwd": sum(v.nbytes for v in (*read, *written) if isinstance(v, torch.Tensor))}
         meta = {k: v.detach().to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
         tensors = {k: v for k, v in meta.items() if isinstance(v, torch.Tensor)}
-        leaves = [v.requires_grad_() for v in tensors.values() if v.is_floating_point()]
+        leaves = [v.requires_grad_() for v in self.graded(tensors).values()]
         with RawCalls() as raw:
             outputs = self.fn(**meta, backend="triton" if self.op.kernels else "reference")
             outputs = _tuple(outputs)

@@ -64,6 +64,13 @@ def test_outside_the_interval_only_the_conditional_runs(t, batches, host):
     assert torch.equal(out, Network()(X, at(t), Y)) is (batches == [3])
 
 
+@pytest.mark.parametrize("t", [99, 100])
+def test_at_timestep_reads_nothing_on_the_host(t):
+    guide = ClassifierFreeGuidance(lambda x, t, y: torch.cat([x, x], 1), 3.0, NULL, interval=(100, 500)).at_timestep(t)
+    out = guide(X.to("meta"), at(t).to("meta"), y=Y.to("meta"))  # of which nothing can be read
+    assert out.shape == (3, 8, 2, 2)
+
+
 def test_interval_holds_for_each_sample():
     guide = ClassifierFreeGuidance(Network(), 3.0, NULL, interval=(100, 500))
     out = guide(X, torch.tensor([50, 100, 600]), Y)

@@ -94,6 +94,22 @@ BUGS = {
         ("bwd", "order of the patchify", "c = element % C", "c = element // (P * P) % C", "odd", "strided"),
         ("bwd", "rows of the first patch", "(i * P + ", "(0 * P + ", "odd"),
     ),
+    "guided_step": (
+        ("fwd", "wrong half", "scale * (pred - uncond)", "scale * (uncond - pred)"),
+        ("fwd", "conditional as the base", "uncond + scale * (pred", "pred + scale * (pred"),
+        ("fwd", "scale x 0.99", "scale * (pred - uncond)", "scale * 0.99 * (pred - uncond)"),
+        ("fwd", "one channel too few guided", "channel < guided", "channel < guided - 1"),
+        ("fwd", "all channels guided", "channel < guided", "channel <= guided"),
+        ("fwd", "coefficients of sample 0", "coefficients_ptr + sample * stride_b", "coefficients_ptr + 0 * stride_b"),
+        ("fwd", "predictions of sample 0", "cond_ptr + sample * stride_cond_b", "cond_ptr + 0 * stride_cond_b"),
+        ("fwd", "noise of channel 0", "channel * stride_noise_c", "0 * stride_noise_c"),
+        ("fwd", "noise whatever its std", "std = tl.load(coefficient + 5 * stride_n).to(tl.float32)", "std = 1.0"),
+        ("fwd", "v of the prediction", "(channel + C) * stride_cond_c", "channel * stride_cond_c"),
+        ("fwd", "variance not learned", "if LEARNED:", "if False:"),
+        ("fwd", "x_next without the prediction", "+ next_pred * pred", ""),
+        ("fwd", "unwritten tail", "x_next, mask=live", "x_next, mask=at < positions - 1"),
+        ("fwd", "forgotten clamp", "if CLIP:", "if False:", "fixed", "mixed"),
+    ),
 }  # fmt: skip
 SPECS = {spec.name: spec for spec in OPS}
 
