@@ -24,6 +24,7 @@ OPTIONAL = {
     "xformers",
     "torchdiffeq",
     "apex",
+    "amp_C",
     "liger_kernel",
     "transformer_engine",
     "pynvml",

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 # What an op's file imports but no launch depends on.
-_TOOLS = {"spec", "autotune", "_checks", "_interpreter"}
+_TOOLS = {"spec", "autotune", "peers", "_checks", "_interpreter"}
 
 
 def source_hash(path: Path) -> str:

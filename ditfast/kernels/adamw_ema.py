@@ -32,6 +32,7 @@ from ._checks import check_dims, check_floating
 from ._op import InPlace, Op
 from ._triton import jit, launch, tl
 from .autotune import pick
+from .peers import apex_adamw, torch_adamw
 from .spec import Case, OpSpec
 
 Tensors = Sequence[torch.Tensor]
@@ -355,15 +356,6 @@ def _inputs(
     }
 
 
-def _fused_and_foreach(**inputs: Any) -> None:
-    """torch's own: fused AdamW, then a foreach EMA and copy."""
-    adamw_ema(**{**inputs, "emas": [], "alphas": inputs["alphas"][:0], "copies": [], "backend": "torch"})
-    for ema, alpha in zip(inputs["emas"], inputs["alphas"].tolist(), strict=True):
-        torch._foreach_lerp_(ema, inputs["weights"], alpha)
-    if inputs["copies"]:
-        torch._foreach_copy_(inputs["copies"], inputs["weights"])
-
-
 SPEC = OpSpec(
     op=_OP,
     fn=adamw_ema,
@@ -386,5 +378,5 @@ SPEC = OpSpec(
     inputs=_inputs,
     mutates=("weights", "exp_avgs", "exp_avg_sqs", "emas", "steps"),
     overwrites=("copies",),
-    peers={"torch": _fused_and_foreach},
+    peers={"torch": torch_adamw, "apex": apex_adamw},
 )
