@@ -216,8 +216,8 @@ def _step(
         if sampler == "ddpm":
             mean = out["mean"] if cond_fn is None else process.condition_mean(cond_fn, out, x, t, model_kwargs)
             assert noise_fn is not None
-            noise = noise_fn(x) * (t > 0).view(-1, *(1,) * (x.ndim - 1))
-            return {"sample": mean + torch.exp(0.5 * out["log_variance"]) * noise, "pred_xstart": out["pred_xstart"]}
+            std = torch.exp(0.5 * out["log_variance"]) * (t > 0).view(-1, *(1,) * (x.ndim - 1))
+            return {"sample": mean + std * noise_fn(x), "pred_xstart": out["pred_xstart"]}
         if cond_fn is not None:
             out = process.condition_score(cond_fn, out, x, t, model_kwargs)
         unmixed, mean_type, clip_denoised = Unmixed(out["pred_xstart"]), ModelMeanType.START_X, False
