@@ -44,6 +44,7 @@ def _demo(arguments: list[str]) -> int:
 
 
 def _sample(arguments: list[str]) -> int:
+    from ditfast import kernels
     from ditfast import sample as sampling
     from ditfast.config import ConfigError, SampleConfig, keys, parse_sample
     from ditfast.distributed import pick_device
@@ -56,6 +57,7 @@ def _sample(arguments: list[str]) -> int:
     pre.add_argument("--out", type=Path, default=Path("samples"), help="directory to write to")
     pre.add_argument("--seed", type=int, default=0)
     pre.add_argument("--device", default="auto")
+    pre.add_argument("--tuned", help="a file of measured kernel configs, of `python -m ditfast.kernels tune`")
     pre.add_argument("--precision", help="fp32, bf16, ...; the run's own by default")
     pre.add_argument("--config", help="for a weight file: the YAML of the run that it was exported from")
     pre.add_argument("--unconditional", help="weights of a second network that guides the first (two-network guidance)")
@@ -65,6 +67,8 @@ def _sample(arguments: list[str]) -> int:
         raise ConfigError(f"--count must be positive, got {options.count}")
     setup_logging()
     device = pick_device(options.device)
+    if options.tuned:
+        kernels.use_tuned(options.tuned)
     weights = sampling.open_weights(options.weights, options.config)
     config = dataclasses.replace(weights.config, sample=parse_sample(rest, weights.config.sample))
     network = sampling.load_network(weights, device, options.precision, config.sample.ema)

@@ -190,6 +190,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     deterministic: bool = False
+    tuned: str | None = None  # a file of `python -m ditfast.kernels tune`; null keeps the kernels' pinned configs
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)

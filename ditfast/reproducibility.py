@@ -10,6 +10,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from ditfast import kernels
+
 
 def seed_everything(seed: int) -> None:
     """Seeds the global generators of Python, NumPy and PyTorch, which decide a new model's weights."""
@@ -32,6 +34,19 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
+@contextmanager
+def measured_configs(path: str | None) -> Iterator[None]:
+    """Where a file is named, the kernels' measured configs in it for the block's duration. ValueError for a bad file."""
+    if path is None:
+        yield
+        return
+    kernels.use_tuned(path)
+    try:
+        yield
+    finally:
+        kernels.use_pinned()
 
 
 def generator_for(seed: int, purpose: str, number: int, device: torch.device | str = "cpu") -> torch.Generator:

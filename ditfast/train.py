@@ -24,6 +24,7 @@ from ditfast.optimizer import AdamWEMA, LossScaler
 from ditfast.reproducibility import (
     deterministic_algorithms,
     generator_for,
+    measured_configs,
     restore_rng,
     rng_tensors,
     seed_everything,
@@ -47,7 +48,11 @@ def train(config: RunConfig) -> Path:
     Under torchrun every process calls this. Raises ConfigError, DataError, CheckpointError or TrainingError with a
     message for the user, and Interrupted after Ctrl-C or SIGTERM.
     """
-    with World.join(config.device) as world, deterministic_algorithms(config.deterministic):
+    with (
+        World.join(config.device) as world,
+        deterministic_algorithms(config.deterministic),
+        measured_configs(config.tuned),
+    ):
         trainer = Trainer(config, world)
         try:
             stopped = trainer.run()
@@ -254,6 +259,7 @@ class Trainer:
         window = self.losses.gather(self.world.sum_, self.world.is_main)
         if self.world.is_main:
             state = {"config": dataclasses.asdict(self.config), "scaler": self.scaler.state_dict()}
+            state["tuned"] = kernels.tuned_in_use()
             groups = self.optimizer.state_tensors() | {"rng": rng_tensors(self.device)}
             groups |= {"timesteps": self.timesteps.state_dict(), "losses": {"sums": window}}
             path = checkpoint.save(
@@ -277,6 +283,12 @@ class Trainer:
             )
         if changed:
             log.warning("%s was trained with other options (%s)", loaded.path, "; ".join(changed.values()))
+        tuned = {key: tuple(config) for key, config in loaded.state.get("tuned", {}).items()}
+        if tuned != kernels.tuned_in_use():
+            log.warning(
+                "%s was trained with other measured configs of the kernels: numbers may go on differently in the last "
+                "bits", loaded.path,
+            )  # fmt: skip
         self.optimizer.load_state_tensors(loaded.tensors)
         if self.scaler.is_enabled() and loaded.state["scaler"]:
             self.scaler.load_state_dict(loaded.state["scaler"])

@@ -75,6 +75,8 @@ def test_export_reads_back_in_the_official_format(run, tmp_path, capsys):
         (["sample", "nowhere"], "nowhere is missing"),
         (["train", "--data.kind=folder"], "needs path"),
         (["train", "--device=cuda"], "sees no CUDA device"),
+        (["train", "--tuned=none.json"], "there are no measured configs at none.json"),
+        (["sample", "nowhere", "--tuned=none.json"], "there are no measured configs at none.json"),
         (["sample", "nowhere", "--count=0"], "--count must be positive"),
     ],
 )

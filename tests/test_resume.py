@@ -14,6 +14,7 @@ import torch
 
 from ditfast import checkpoint
 from ditfast.config import ConfigError, save_config
+from ditfast.kernels import autotune
 from ditfast.train import Trainer, train
 
 STEPS = 8
@@ -174,6 +175,22 @@ def test_other_options_are_said(tiny_run, caplog):
     assert warnings({"train.steps": 4, "train.log_every": 1}) == []
     (said,) = warnings({"train.steps": 5, "optim.lr": 0.5, "train.batch_size": 8})
     assert "optim.lr: 0.003 there, 0.5 here" in said and "train.batch_size: 16 there, 8 here" in said
+
+
+def test_measured_kernel_configs_last_as_long_as_the_run_and_a_change_is_said(tiny_run, tmp_path, caplog):
+    gpu, capability, triton = autotune.machine()
+    source, file = autotune.hashes_of_ops()["patchify"], tmp_path / "tuned.json"
+    choice = autotune.Choice("patchify", "key", source, gpu, capability, triton, (4,), (8,), 2.0, 1.0)
+    autotune.write(file, [choice])
+    with caplog.at_level("INFO", "ditfast"):
+        out = train(tiny_run(overrides={"train.steps": 3, "tuned": str(file)}))
+    assert "measured config of key: (4,) -> (8,)" in caplog.text and "WARNING" not in caplog.text
+    assert checkpoint.load(out).state["tuned"] == {"key": [8]} and autotune.tuned_in_use() == {}
+    caplog.clear()
+    train(tiny_run(overrides={"train.steps": 4, "tuned": str(file)}))
+    assert "other measured configs" not in caplog.text
+    train(tiny_run(overrides={"train.steps": 5}))
+    assert "was trained with other measured configs of the kernels" in caplog.text
 
 
 def test_one_process_at_a_time(tiny_run, tmp_path):
