@@ -38,7 +38,7 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def measured_configs(path: str | None) -> Iterator[None]:
-    """Where a file is named, the kernels' measured configs in it for the block's duration. ValueError for a bad file."""
+    """Where a file is named, runs the block under its measured configs of the kernels. ValueError for a bad file."""
     if path is None:
         yield
         return
