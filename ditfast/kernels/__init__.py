@@ -8,7 +8,7 @@ import torch
 
 from ._op import BackendError
 from .adaln_modulate import SPEC as _ADALN_MODULATE
-from .adaln_modulate import adaln_modulate
+from .adaln_modulate import adaln_modulate, rms_norm
 from .adamw_ema import SPEC as _ADAMW_EMA
 from .adamw_ema import adamw_ema
 from .attention import PACKED_SPEC as _ATTENTION_QKVPACKED
@@ -71,6 +71,7 @@ __all__ = [
     "gelu_mlp",
     "guided_step",
     "patchify",
+    "rms_norm",
     "timestep_embedding",
     "tuned_in_use",
     "unpatchify",

@@ -38,14 +38,14 @@ def tiling(op: str, configs: tuple[tuple[int, ...], ...], B: int, T: int, D: int
     return -(-T // per_program), meta
 
 
-def gate_rows(gate: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
-    """What `rows` makes of the gate, and its row stride; (None, 0) where there is none."""
-    return (None, 0) if gate is None else ((dense := rows(gate)), dense.stride(0))
+def laid_out(*tensors: tuple[torch.Tensor | None, int]) -> tuple[list[torch.Tensor | None], list[int]]:
+    """(what `rows` makes of each tensor, all strides but the last ones), of tensors given with their rank.
 
-
-def gated_branch(branch: torch.Tensor, gate: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
-    """What `rows` makes of the branch, and its batch and row strides, for a backward; None where there is no gate."""
-    return (None, 0, 0) if gate is None else ((dense := rows(branch)), dense.stride(0), dense.stride(1))
+    An absent tensor is None and has strides of 0.
+    """
+    dense = [None if tensor is None else rows(tensor) for tensor, _ in tensors]
+    strides = [(0,) * (rank - 1) if t is None else t.stride()[:-1] for t, (_, rank) in zip(dense, tensors, strict=True)]
+    return dense, [stride for each in strides for stride in each]
 
 
 @jit

@@ -18,8 +18,8 @@ import torch
 
 from ._checks import check_dims, check_floating
 from ._op import Kernels, Op
-from ._rows import empty_partials, gate_rows, gated_branch, rows_per_program, sum_partials
-from ._triton import jit, launch, rows, tl
+from ._rows import empty_partials, laid_out, rows_per_program, sum_partials
+from ._triton import jit, launch, tl
 from .spec import XL_CASES, Case, OpSpec, token_cases
 
 DIMS = {"x": "B T D", "branch": "B T D", "gate": "B D"}
@@ -144,9 +144,8 @@ def _gate_residual_fwd(
     results: tuple[torch.Tensor, ...], x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None
 ) -> None:
     chunks, programs, meta = _launch_shape(FWD_CONFIG, *x.shape)
-    x, branch, (gate, stride_gate) = rows(x), rows(branch), gate_rows(gate)
-    strides = (*x.stride()[:2], *branch.stride()[:2], stride_gate)
-    launch(_gate_residual_fwd_kernel, programs, x, branch, gate, *results, x.shape[1], chunks, *strides, **meta)
+    tensors, strides = laid_out((x, 3), (branch, 3), (gate, 2))
+    launch(_gate_residual_fwd_kernel, programs, *tensors, *results, x.shape[1], chunks, *strides, **meta)
 
 
 def _gate_residual_bwd(
@@ -155,11 +154,9 @@ def _gate_residual_bwd(
     dbranch, dgate = grads
     B, T, D = branch.shape
     chunks, programs, meta = _launch_shape(BWD_CONFIG, B, T, D)
-    dx_new, (kept, *strides_branch), (gate, stride_gate) = rows(dx_new), gated_branch(branch, gate), gate_rows(gate)
+    tensors, strides = laid_out((dx_new, 3), (None if gate is None else branch, 3), (gate, 2))
     partial = None if gate is None else empty_partials(B, chunks, 1, D, dx_new.device)
-    strides = (*dx_new.stride()[:2], *strides_branch, stride_gate)
-    args = (dx_new, kept, gate, dbranch, partial, T, chunks, *strides)
-    launch(_gate_residual_bwd_kernel, programs, *args, **meta)
+    launch(_gate_residual_bwd_kernel, programs, *tensors, dbranch, partial, T, chunks, *strides, **meta)
     if partial is not None:
         sum_partials(partial, dgate)
 

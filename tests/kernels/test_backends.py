@@ -152,6 +152,12 @@ def test_optional_input_may_be_none(spec, name):
     torch.testing.assert_close(without, with_neutral, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("spec", [p for p in SPECS if "weight" in p.values[0].optional])
+def test_unknown_norm_names_those_there_are(spec):
+    with pytest.raises(ValueError, match=rf"{spec.name}: norm is 'batch', expected one of 'layer', 'rms'"):
+        spec.fn(**{**small(spec), "norm": "batch"})
+
+
 def test_width_beyond_the_kernels_is_an_error(device):
     x, m = torch.zeros(1, 1, 8193, device=device), torch.zeros(1, 8193, device=device)
     with pytest.raises(ValueError, match="D is 8193, the Triton kernels take up to 8192; use backend='reference'"):

@@ -7,24 +7,29 @@ import inspect
 import pytest
 import torch
 
-from ditfast.kernels import OPS, _rows, parity
+from ditfast.kernels import OPS, _norm, _rows, parity
 
 # op -> (kernel, what is wrong, the right text, the wrong one, and the case that shows it where the default ones do not)
 BUGS = {
     "adaln_modulate": (
-        ("fwd", "forgotten mean", "x = x - mean[:, None]", "x = x - 0.0 * mean[:, None]"),
-        ("fwd", "eps 1e-2", "square / D + eps", "square / D + 1e-2"),
-        ("fwd", "scale x 0.99", "+ cols).to(tl.float32) + 1.0", "+ cols).to(tl.float32) * 0.99 + 1.0"),
-        ("fwd", "sample 0 for all", "shift_ptr + sample * stride_shift", "shift_ptr + 0 * stride_shift"),
-        ("fwd", "sample by row", "sample = (pid // chunks)", "sample = (pid // chunks // (chunks * ROWS // T + 1))"),
-        ("fwd", "unwritten tail", "tail_y, mask=tail_live", "tail_y, mask=tail_live & (tail_cols < D - 1)[None, :]"),
-        ("fwd", "unwritten last row", "mask=live[:, None])\n        if TAIL:\n            tail_y",
-         "mask=(row < T - 1)[:, None])\n        if TAIL:\n            tail_y"),
-        ("bwd", "scale x 0.99", "+ cols).to(tl.float32) + 1.0", "+ cols).to(tl.float32) * 0.99 + 1.0"),
-        ("bwd", "forgotten mean of g", "(g - g_mean - n", "(g - n"),
-        ("bwd", "forgotten mean of g n", "g_mean - n * gn_mean) * rstd, mask=live", "g_mean) * rstd, mask=live"),
-        ("bwd", "mean ignored in n", "n = (n - mean) * rstd", "n = n * rstd"),
-        ("bwd", "gradient of sample 0", "dy_ptr + sample * stride_dyb", "dy_ptr + 0 * stride_dyb"),
+        ("norm_fwd", "forgotten mean", "x = x - mean[:, None]", "x = x - 0.0 * mean[:, None]"),
+        ("norm_fwd", "eps 1e-2", "square / D + eps", "square / D + 1e-2"),
+        ("norm_fwd", "sample 0 for all", "shift_ptr, sample * stride_shift", "shift_ptr, 0 * stride_shift"),
+        ("norm_fwd", "sample by row", "(pid // chunks)", "(pid // chunks // (chunks * ROWS // T + 1))"),
+        ("norm_fwd", "unwritten tail", "y, mask=tail_live", "y, mask=tail_live & (tail_cols < D - 1)[None, :]"),
+        ("norm_fwd", "unwritten last row", " y, mask=live[:, None]", " y, mask=(row < T - 1)[:, None]"),
+        ("norm_fwd", "eps outside the root", "tl.sqrt(square / D + eps)", "(tl.sqrt(square / D) + eps)", "rms_weight"),
+        ("norm_fwd", "mean subtracted in rms", "square = tl.sum(x * x, 1)",
+         "x -= (total / D)[:, None]; square = tl.sum(x * x, 1)", "rms_weight", "rms", "rms_mixed_strided"),
+        ("factor", "scale x 0.99", "inside, 0.0) + 1.0", "inside, 0.0) * 0.99 + 1.0"),
+        ("factor", "forgotten weight", " * _vector(weight_ptr, 0, cols, inside, 1.0)", "", "rms_weight", "weight",
+         "rms_no_modulation"),
+        ("norm_bwd", "scale of sample 0", "= _factor(scale_ptr, sample *", "= _factor(scale_ptr, 0 *"),
+        ("norm_bwd", "forgotten mean of g", " g = g - g_mean", " g = g"),
+        ("norm_bwd", "forgotten mean of g n", "(g - n * gn_mean)", "g"),
+        ("norm_bwd", "mean of g in rms", "(g - n * gn_mean)", "(g - g_mean - n * gn_mean)", "rms_weight", "rms"),
+        ("norm_bwd", "gradient of sample 0", "dy_ptr + sample * stride_dyb", "dy_ptr + 0 * stride_dyb"),
+        ("normalized", "mean ignored in n", "n - mean[:, None]", "n"),
         ("sum_partials", "last chunk dropped", "(chunk < chunks)", "(chunk < chunks - 1)"),
         ("sum_partials", "unwritten tail", "sum1, mask=inside", "sum1, mask=cols < D - 1"),
     ),
@@ -41,18 +46,17 @@ BUGS = {
         ("sum_partials", "last chunk dropped", "(chunk < chunks)", "(chunk < chunks - 1)"),
     ),
     "gate_residual_adaln_modulate": (
-        ("fwd", "gate x 0.99", "branch * gate[None, :]", "branch * 0.99 * gate[None, :]"),
-        ("fwd", "forgotten mean", "x = x - mean[:, None]", "x = x - 0.0 * mean[:, None]"),
-        ("fwd", "norm of x alone", "x = x_new.to(tl.float32)", "x = x"),
-        ("fwd", "forgotten scale", "rstd[:, None] * scale[None, :]", "rstd[:, None]"),
-        ("fwd", "sample by row", "sample = (pid // chunks)", "sample = (pid // chunks // (chunks * ROWS // T + 1))"),
-        ("fwd", "unwritten tail", "tail_y, mask=tail_live", "tail_y, mask=tail_live & (tail_cols < D - 1)[None, :]"),
-        ("bwd", "forgotten residual gradient", "dx += (g - g_mean", "dx = (g - g_mean"),
-        ("bwd", "forgotten mean of g n", "(g - g_mean - n * gn_mean)", "(g - g_mean)"),
-        ("bwd", "dbranch without gate", "dx = dx * gate[None, :]", "dx = dx"),
-        ("bwd", "dgate without the norm", "tl.sum(branch * dx, 0)", "tl.sum(branch * (dx - g * rstd), 0)"),
-        ("bwd", "dx_new of sample 0", "dx_new_ptr + sample * stride_dx_new_b", "dx_new_ptr + 0 * stride_dx_new_b"),
-        ("bwd", "unwritten tail of dgate", "tail_dgate, mask=tail_in", "tail_dgate, mask=tail_cols < D - 1"),
+        ("stream", "gate x 0.99", "branch * gate[None, :]", "branch * 0.99 * gate[None, :]"),
+        ("stream", "norm of x alone", "return x_new.to(tl.float32)", "return x"),
+        ("norm_fwd", "branch of sample 0", "sample * stride_branch_b", "0 * stride_branch_b"),
+        ("norm_fwd", "forgotten mean", "x = x - mean[:, None]", "x = x - 0.0 * mean[:, None]"),
+        ("norm_fwd", "forgotten scale", "rstd[:, None] * factor[None, :]", "rstd[:, None]"),
+        ("norm_bwd", "forgotten mean of g n", "(g - n * gn_mean)", "g"),
+        ("norm_bwd", "dx_new of sample 0", "sample * stride_dx_new_b", "0 * stride_dx_new_b"),
+        ("norm_bwd", "unwritten tail of dgate", "tail_dgate, mask=tail_in", "tail_dgate, mask=tail_cols < D - 1"),
+        ("store_gradients", "forgotten residual gradient", "dx += tl.load", "dx += 0.0 * tl.load"),
+        ("store_gradients", "dbranch without gate", "dx * gate[None, :]", "dx"),
+        ("store_gradients", "dgate of the gated gradient", "branch * dx, 0", "branch * dx * gate[None, :], 0"),
         ("sum_partials", "last chunk dropped", "(chunk < chunks)", "(chunk < chunks - 1)"),
         ("sum_partials", "unwritten tail", "sum2, mask=inside", "sum2, mask=cols < D - 1"),
     ),
@@ -112,20 +116,31 @@ BUGS = {
     ),
 }  # fmt: skip
 SPECS = {spec.name: spec for spec in OPS}
+# The jit functions of several ops, by the names that BUGS has for them.
+SHARED = {
+    function.removeprefix("_").removesuffix("_kernel"): (module, function)
+    for module in (_rows, _norm)
+    for function, value in vars(module).items()
+    if isinstance(value, type(_norm._norm_fwd_kernel))
+}
 
 
-def mutated(kernel, right: str, wrong: str, path):
-    """The kernel compiled from its source with `right` replaced by `wrong`."""
-    source = inspect.getsource(inspect.unwrap(kernel.fn))
-    assert right in source, f"{right!r} is no longer in {kernel.__name__}: bring the planted bug up to date"
-    home = importlib.import_module(inspect.unwrap(kernel.fn).__module__)
-    helpers = [name for name, value in vars(home).items() if isinstance(value, type(kernel)) and value is not kernel]
-    imports = ["from ditfast.kernels._triton import jit, tl", *(f"from {home.__name__} import {h}" for h in helpers)]
-    path.write_text("\n".join([*imports, "", "", source.replace(right, wrong)]))
+def mutated(home, function: str, right: str, wrong: str, path):
+    """The jit functions of a module by name, compiled anew with `right` replaced by `wrong` in one of them."""
+    kind = type(getattr(home, function))
+    sources, imports = {}, ["from ditfast.kernels._triton import jit, tl"]
+    for name, value in vars(home).items():
+        if isinstance(value, kind) and inspect.unwrap(value.fn).__module__ == home.__name__:
+            sources[name] = inspect.getsource(inspect.unwrap(value.fn))
+        elif isinstance(value, kind):
+            imports.append(f"from {inspect.unwrap(value.fn).__module__} import {name}")
+    assert right in sources[function], f"{right!r} is no longer in {function}: bring the planted bug up to date"
+    sources[function] = sources[function].replace(right, wrong)
+    path.write_text("\n".join([*imports, "", "", *sources.values()]))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return getattr(module, kernel.__name__)
+    return {name: getattr(module, name) for name in sources}
 
 
 def cases_of(name: str, *only: str):
@@ -151,10 +166,9 @@ def cases_of(name: str, *only: str):
 )
 def test_planted_bug_is_rejected(name, which, right, wrong, case, dtype, device, generator, monkeypatch, tmp_path):
     spec = SPECS[name]
-    shared = which == "sum_partials"
-    module = _rows if shared else importlib.import_module(spec.fn.__module__)
-    kernel_name = f"_{which}_kernel" if shared else f"_{name}_{which}_kernel"
-    kernel = mutated(getattr(module, kernel_name), right, wrong, tmp_path / "mutant.py")
-    monkeypatch.setattr(module, kernel_name, kernel)
+    own = (importlib.import_module(spec.fn.__module__), f"_{name}_{which}_kernel")
+    module, function = SHARED.get(which, own)
+    for changed, kernel in mutated(module, function, right, wrong, tmp_path / "mutant.py").items():
+        monkeypatch.setattr(module, changed, kernel)
     verdicts = parity.check(spec, spec.make_inputs(case, dtype, device, generator), "triton", generator)
     assert not all(verdict.ok for verdict in verdicts), verdicts

@@ -15,6 +15,7 @@ from ditfast.kernels import (
     gate_residual_adaln_modulate,
     gelu_mlp,
     patchify,
+    rms_norm,
     timestep_embedding,
     unpatchify,
 )
@@ -38,6 +39,22 @@ def test_default_eps_is_the_official_one(draw):
     x, m = draw(2, 3, 8) * 1e-3, torch.zeros(2, 8, dtype=torch.float64)
     norm = nn.LayerNorm(8, elementwise_affine=False, eps=1e-6)
     torch.testing.assert_close(adaln_modulate(x, m, m), norm(x))
+
+
+def test_rms_norm_has_eps_inside_the_root_and_no_mean(draw):
+    x, weight = draw(3, 5, 8) + 1, draw(8)
+    n = x / ((x * x).sum(-1, keepdim=True) / 8 + 0.1).sqrt()
+    torch.testing.assert_close(rms_norm(x, eps=0.1), n)
+    torch.testing.assert_close(rms_norm(x, weight, 0.1), n * weight)
+
+
+@pytest.mark.parametrize("norm", ("layer", "rms"))
+def test_weight_comes_before_the_modulation_and_what_is_absent_does_nothing(draw, norm):
+    x, shift, scale, weight = draw(3, 5, 8), draw(3, 8), draw(3, 8), draw(8)
+    n = adaln_modulate(x, None, None, norm=norm)
+    expected = (n * weight) * (1 + scale[:, None]) + shift[:, None]
+    torch.testing.assert_close(adaln_modulate(x, shift, scale, norm=norm, weight=weight), expected)
+    assert torch.equal(adaln_modulate(x, None, scale, norm=norm), n * (1 + scale[:, None]))
 
 
 def test_gate_residual_rounds_the_product_in_the_branch_dtype(draw):
