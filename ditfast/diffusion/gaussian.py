@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ditfast.kernels import q_sample
+
 from . import loss, samplers
 from .types import ConditionFn, LossType, Model, ModelMeanType, ModelVarType, Moments, TensorFn, Unmixed
 
@@ -133,8 +135,8 @@ class GaussianDiffusion:
             raise ValueError(
                 f"noise has shape {tuple(noise.shape)}, x_start {tuple(x_start.shape)}: they must be equal"
             )
-        signal = self.gather("sqrt_alphas_cumprod", t, x_start) * x_start
-        return signal + self.gather("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
+        alpha = self.gather_rows("sqrt_alphas_cumprod", t, x_start)
+        return q_sample(x_start, noise, alpha, self.gather_rows("sqrt_one_minus_alphas_cumprod", t, x_start))
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance, clipped log variance of q(x_{t-1} | x_t, x_0), each shaped like x_t (DDPM equations 6, 7)."""

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
-from .types import LossType, Model, ModelMeanType, Moments, TensorFn
+from ditfast.kernels import diffusion_loss
+from ditfast.kernels.bound import discretized_gaussian_log_likelihood, mean_flat, normal_kl
+
+from .types import LossType, Model, ModelMeanType, ModelVarType, Moments, TensorFn
 
 if TYPE_CHECKING:
     from .gaussian import GaussianDiffusion
@@ -22,36 +25,6 @@ class BoundTerms(TypedDict):
 
     output: Tensor
     pred_xstart: Tensor
-
-
-def mean_flat(tensor: Tensor) -> Tensor:
-    """The mean over all dimensions but the first: (B, ...) -> (B,)."""
-    return tensor.flatten(1).mean(dim=1)
-
-
-def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor | float, logvar2: Tensor | float) -> Tensor:
-    """Elementwise KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))) in nats."""
-    difference = logvar1 - logvar2
-    inverse2 = logvar2.neg().exp() if isinstance(logvar2, Tensor) else math.exp(-logvar2)
-    return 0.5 * (difference.exp() - 1 - difference + (mean1 - mean2) ** 2 * inverse2)
-
-
-def approx_standard_normal_cdf(x: Tensor) -> Tensor:
-    """The tanh approximation of the standard normal CDF by which published bounds were computed."""
-    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales: Tensor) -> Tensor:
-    """Elementwise log probability in nats of the bin that holds x (DDPM equation 13).
-
-    Bins are 2/255 wide, x is an 8-bit image scaled to [-1, 1]; the bins at -1 and 1 reach to infinity.
-    """
-    centered = x - means
-    inverse = torch.exp(-log_scales)
-    cdf_above = approx_standard_normal_cdf(inverse * (centered + 1 / 255))
-    cdf_below = approx_standard_normal_cdf(inverse * (centered - 1 / 255))
-    probability = torch.where(x > 0.999, 1 - cdf_below, cdf_above - cdf_below)
-    return torch.where(x < -0.999, cdf_above, probability).clamp(min=1e-12).log()
 
 
 def _bound_from_moments(
@@ -86,12 +59,25 @@ def vb_terms_bpd(
     return {"output": _bound_from_moments(process, moments, x_start, x_t, t), "pred_xstart": moments["pred_xstart"]}
 
 
-def _mean_target(process: "GaussianDiffusion", x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+def _loss_table(process: "GaussianDiffusion") -> Tensor:
+    """(T, 2) float64 coefficients a, b of the MSE's target; (T, 7) with the bound's columns for a learned variance.
+
+    Of those, `gap` is the factor from the error of a prediction to that of the posterior mean that it gives.
+    """
+    one, zero = torch.ones_like(process.betas), torch.zeros_like(process.betas)
+    target, gap = (one, zero), one
     if process.model_mean_type is ModelMeanType.EPSILON:
-        return noise
-    if process.model_mean_type is ModelMeanType.START_X:
-        return x_start
-    return process.q_posterior_mean_variance(x_start, x_t, t)[0]
+        target, gap = (zero, one), -process.posterior_mean_coef1 * process.sqrt_recipm1_alphas_cumprod
+    elif process.model_mean_type is ModelMeanType.START_X:
+        gap = process.posterior_mean_coef1
+    if not process.model_var_type.is_learned:
+        return torch.stack(target, dim=1)
+    small = process.posterior_log_variance_clipped
+    middle, half = zero, one
+    if process.model_var_type is ModelVarType.LEARNED_RANGE:
+        middle, half = (process.log_betas + small) / 2, (process.log_betas - small) / 2
+    first = torch.arange(process.num_timesteps) == 0
+    return torch.stack([*target, gap, small, middle, half, first.to(one)], dim=1)
 
 
 def training_losses(
@@ -124,16 +110,16 @@ def training_losses(
         bound = vb_terms_bpd(process, model, x_start, x_t, t, clip_denoised=False, model_kwargs=model_kwargs)["output"]
         return {"loss": bound * process.num_timesteps if process.loss_type is LossType.RESCALED_KL else bound}
 
-    prediction, var_values, _ = process.call_model(model, x_t, t, model_kwargs)
-    mse = mean_flat((_mean_target(process, x_start, x_t, t, noise) - prediction) ** 2)
-    if var_values is None:
-        return {"loss": mse, "mse": mse}
-    moments = process.moments(prediction.detach(), var_values, x_t, t, clip_denoised=False)
-    vb = _bound_from_moments(process, moments, x_start, x_t, t)
-    if process.loss_type is LossType.RESCALED_MSE:
-        # Without the weight the bound's term outweighs the MSE; it is stated for chains of 1000 steps.
-        vb = vb * (process.num_timesteps / 1000)
-    return {"loss": mse + vb, "mse": mse, "vb": vb}
+    unmixed, _ = process.call_unmixed(model, x_t, t, model_kwargs)
+    table = process.gather_rows("loss", t, x_t, lambda: _loss_table(process))
+    if process.model_mean_type is ModelMeanType.PREVIOUS_X:
+        # Such a network predicts the posterior mean, which in the first step is x_0 itself.
+        x_start, _, _ = process.q_posterior_mean_variance(x_start, x_t, t)
+    # Without the weight the bound's term outweighs the MSE; it is stated for chains of 1000 steps.
+    weight = process.num_timesteps / 1000 if process.loss_type is LossType.RESCALED_MSE else 1.0
+    columns = table[:, 2:] if process.model_var_type.is_learned else None
+    mse, vb = diffusion_loss(unmixed.mixed(), x_start, noise, table[:, 0], table[:, 1], columns, weight=weight)
+    return {"loss": mse, "mse": mse} if vb is None else {"loss": mse + vb, "mse": mse, "vb": vb}
 
 
 def prior_bpd(process: "GaussianDiffusion", x_start: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from .attention import PACKED_SPEC as _ATTENTION_QKVPACKED
 from .attention import SPEC as _ATTENTION
 from .attention import attention, attention_qkvpacked
 from .autotune import tuned_in_use, use_pinned, use_tuned
+from .diffusion_loss import SPEC as _DIFFUSION_LOSS
+from .diffusion_loss import diffusion_loss
 from .gate_residual import SPEC as _GATE_RESIDUAL
 from .gate_residual import gate_residual
 from .gate_residual_adaln_modulate import SPEC as _GATE_RESIDUAL_ADALN_MODULATE
@@ -25,6 +27,8 @@ from .guided_step import SPEC as _GUIDED_STEP
 from .guided_step import guided_step
 from .patchify import SPEC as _PATCHIFY
 from .patchify import patchify
+from .q_sample import SPEC as _Q_SAMPLE
+from .q_sample import q_sample
 from .spec import OpSpec
 from .timestep_embedding import SPEC as _TIMESTEP_EMBEDDING
 from .timestep_embedding import timestep_embedding
@@ -41,6 +45,8 @@ OPS: tuple[OpSpec, ...] = (
     _TIMESTEP_EMBEDDING,
     _PATCHIFY,
     _UNPATCHIFY,
+    _Q_SAMPLE,
+    _DIFFUSION_LOSS,
     _GUIDED_STEP,
     _ADAMW_EMA,
 )
@@ -66,11 +72,13 @@ __all__ = [
     "attention",
     "attention_qkvpacked",
     "backend_of",
+    "diffusion_loss",
     "gate_residual",
     "gate_residual_adaln_modulate",
     "gelu_mlp",
     "guided_step",
     "patchify",
+    "q_sample",
     "rms_norm",
     "timestep_embedding",
     "tuned_in_use",

@@ -86,6 +86,11 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def samples(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor (B, ...) itself where each sample is contiguous, whatever lies between two, else a contiguous copy."""
+    return tensor if tensor[:1].is_contiguous() else tensor.contiguous()
+
+
 def two_widths(D: int) -> tuple[int, int]:
     """D as a power of two that it fills and one (or 0) for the rest: 1152 = 1024 + 128, where 2048 would idle 44 %."""
     main = 1 << (D.bit_length() - 1)
