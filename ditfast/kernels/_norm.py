@@ -303,8 +303,9 @@ def norm_fwd(
 ) -> None:
     """Write the results (x_new if there is a branch, y, mean, rstd)."""
     x_new, y, mean, rstd = results if branch is not None else (None, *results)
-    B, T, D = x.shape
-    chunks, meta = tiling(op, configs, B, T, D)
+    B, T, _ = x.shape
+    facts = (x.dtype, branch, gate, shift, scale, weight, results[-3].dtype, norm)
+    chunks, meta = tiling(op, "fwd", configs, x.shape, *facts)
     tensors, strides = laid_out((x, 3), (branch, 3), (gate, 2), (shift, 2), (scale, 2), (weight, 1))
     args = (*tensors, x_new, y, mean if norm == "layer" else None, rstd, T, chunks, eps, *strides)
     launch(_norm_fwd_kernel, B * chunks, *args, **meta)
@@ -330,7 +331,8 @@ def norm_bwd(
     all_grads: tuple[Any, ...] = grads if branch is not None else (grads[0], None, None, *grads[1:])
     dx, dbranch, dgate, dshift, dscale, dweight = all_grads
     B, T, D = x_new.shape
-    chunks, meta = tiling(op, configs, B, T, D)
+    facts = (x_new.dtype, branch, gate, shift, scale, weight, dy.dtype, norm)
+    chunks, meta = tiling(op, "bwd", configs, x_new.shape, *facts)
     kept = None if gate is None else branch
     x_new = x_new if branch is None else x_new.contiguous()
     given = ((dy, 3), (dx_new, 3), (x_new, 3), (kept, 3), (gate, 2), (scale, 2), (weight, 1))

@@ -4,9 +4,12 @@ A gradient of shape (B, D) is a sum over T. A program adds up its chunk of one s
 partial row; `sum_partials` adds the rows in a fixed order. No atomics: equal bits in every run.
 """
 
+from typing import Any
+
 import torch
 
 from ._triton import jit, launch, rows, tl, two_widths
+from .autotune import pick
 
 # Fewer programs than this leave multiprocessors idle, so a program then takes fewer rows. A constant, not the count of
 # the chip at hand: the chunks decide the order of the sums, and so the bits.
@@ -21,17 +24,22 @@ def rows_per_program(tile: int, most: int, programs: int, T: int) -> int:
     """
     while most > tile and programs * -(-T // most) < MIN_PROGRAMS:
         most //= 2
-    return most
+    return max(tile, most)
 
 
-def tiling(op: str, configs: tuple[tuple[int, ...], ...], B: int, T: int, D: int) -> tuple[int, dict[str, int]]:
-    """(chunks per sample, constants of the launch) for programs that hold whole rows.
+def tiling(
+    op: str, stage: str, configs: tuple[tuple[int, ...], ...], shape: torch.Size, *facts: Any
+) -> tuple[int, dict[str, int]]:
+    """(chunks per sample, constants of the launch) for programs that hold whole rows of a tensor (B, T, D).
 
     configs: (largest D, rows of a tile, rows of a program, warps), by D; ValueError for a D beyond the last.
+    facts: what a measured config depends on beside the shape.
     """
+    B, T, D = shape
     if configs[-1][0] < D:
         raise ValueError(f"{op}: D is {D}, the Triton kernels take up to {configs[-1][0]}; use backend='reference'")
-    _, tile, most, warps = next(config for config in configs if config[0] >= D)
+    pinned = next(config[1:] for config in configs if config[0] >= D)
+    tile, most, warps = pick(f"{op}_{stage}", pinned, shape, *facts)
     per_program = rows_per_program(tile, most, B, T)
     main, tail = two_widths(D)
     meta = {"D": D, "MAIN": main, "TAIL": tail, "BLOCK_T": tile, "ROWS": per_program, "num_warps": warps}

@@ -70,7 +70,9 @@ def pick(kernel: str, pinned: Config, *facts: Any) -> Config:
 
 def _name(fact: Any) -> str:
     if isinstance(fact, torch.Tensor):
-        return f"{'x'.join(map(str, fact.shape))} {_name(fact.dtype)}"
+        return f"{_name(fact.shape)} {_name(fact.dtype)}"
+    if isinstance(fact, torch.Size):
+        return "x".join(map(str, fact))
     return str(fact).removeprefix("torch.")
 
 
@@ -139,7 +141,7 @@ def _from_rank_0(load: Callable[[], list[Choice]]) -> list[Choice]:
             found = [load()]
         except ValueError as error:
             found = [error]
-    dist.broadcast_object_list(found)
+    dist.broadcast_object_list(found, src=0)
     if isinstance(found[0], ValueError):
         raise found[0]
     return found[0]

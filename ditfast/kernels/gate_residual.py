@@ -20,6 +20,7 @@ from ._checks import check_dims, check_floating
 from ._op import Kernels, Op
 from ._rows import empty_partials, laid_out, rows_per_program, sum_partials
 from ._triton import jit, launch, tl
+from .autotune import Config, pick
 from .spec import XL_CASES, Case, OpSpec, token_cases
 
 DIMS = {"x": "B T D", "branch": "B T D", "gate": "B D"}
@@ -125,9 +126,12 @@ def _gate_residual_bwd_kernel(
         tl.store(partial_ptr + chunk.to(tl.int64) * D + cols, dgate, mask=inside)
 
 
-def _launch_shape(config: tuple[int, int, int, int], B: int, T: int, D: int) -> tuple[int, int, dict[str, int]]:
+def _launch_shape(
+    kernel: str, pinned: Config, x: torch.Tensor, *others: torch.Tensor | None
+) -> tuple[int, int, dict[str, int]]:
     """(chunks per sample, programs, constants of the launch)."""
-    tile, block_d, most, warps = config
+    B, T, D = x.shape
+    tile, block_d, most, warps = pick(kernel, pinned, x, *others)
     blocks = -(-D // block_d)
     per_program = rows_per_program(tile, most, B * blocks, T)
     chunks = -(-T // per_program)
@@ -143,7 +147,7 @@ def _gate_residual_empty(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tens
 def _gate_residual_fwd(
     results: tuple[torch.Tensor, ...], x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None
 ) -> None:
-    chunks, programs, meta = _launch_shape(FWD_CONFIG, *x.shape)
+    chunks, programs, meta = _launch_shape("gate_residual_fwd", FWD_CONFIG, x, branch, gate)
     tensors, strides = laid_out((x, 3), (branch, 3), (gate, 2))
     launch(_gate_residual_fwd_kernel, programs, *tensors, *results, x.shape[1], chunks, *strides, **meta)
 
@@ -153,7 +157,7 @@ def _gate_residual_bwd(
 ) -> None:
     dbranch, dgate = grads
     B, T, D = branch.shape
-    chunks, programs, meta = _launch_shape(BWD_CONFIG, B, T, D)
+    chunks, programs, meta = _launch_shape("gate_residual_bwd", BWD_CONFIG, dx_new, branch, gate)
     tensors, strides = laid_out((dx_new, 3), (None if gate is None else branch, 3), (gate, 2))
     partial = None if gate is None else empty_partials(B, chunks, 1, D, dx_new.device)
     launch(_gate_residual_bwd_kernel, programs, *tensors, dbranch, partial, T, chunks, *strides, **meta)

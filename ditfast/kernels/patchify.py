@@ -21,13 +21,14 @@ from ._checks import check_dims, check_floating
 from ._op import Kernels, Op
 from ._rows import rows_per_program
 from ._triton import jit, launch, rows, tl
+from .autotune import pick
 from .spec import Case, OpSpec
 
 DIMS = {"x": "B C H W", "weight": "D C p p", "bias": "D", "pos_embed": "1 T D"}
-# Not measured on a chip yet. Tiles of 64 tokens x 128 columns: the patches, read once per 128 columns, are 12 % of the
-# tokens' bytes at 16 inputs a patch; with 16 samples a program pos_embed is 6 %. 8 warps hold pos_embed's tile and the
-# sums in 64 registers a thread.
-BLOCK_T, BLOCK_D, MAX_BLOCK_K, SAMPLES, WARPS = 64, 128, 64, 16, 8
+# (tokens and columns of a tile, most inputs of a dot, samples of a program, warps). Not measured on a chip yet.
+# Tiles of 64 tokens x 128 columns: the patches, read once per 128 columns, are 12 % of the tokens' bytes at 16 inputs
+# a patch; with 16 samples a program pos_embed is 6 %. 8 warps hold its tile and the sums in 64 registers a thread.
+CONFIG = (64, 128, 64, 16, 8)
 
 
 def _patches(x: torch.Tensor, p: int) -> torch.Tensor:
@@ -143,12 +144,13 @@ def _patchify_fwd(
     B, T, D = y.shape
     p, K = weight.shape[-1], weight[0].numel()
     weight, pos_embed = weight.contiguous(), rows(pos_embed)
-    blocks = -(-T // BLOCK_T) * -(-D // BLOCK_D)
-    samples = rows_per_program(1, SAMPLES, blocks, B)
+    block_t, block_d, most_k, samples, warps = pick("patchify_fwd", CONFIG, x, weight, pos_embed, compute, out_dtype)
+    blocks = -(-T // block_t) * -(-D // block_d)
+    samples = rows_per_program(1, samples, blocks, B)
     meta = {
         **{"D": D, "K": K, "P": p, "COMPUTE": str(compute).removeprefix("torch."), "SAMPLES": samples},
-        **{"BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D, "BLOCK_K": min(MAX_BLOCK_K, max(16, 1 << (K - 1).bit_length()))},
-        "num_warps": WARPS,
+        **{"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_K": min(most_k, max(16, 1 << (K - 1).bit_length()))},
+        "num_warps": warps,
     }
     strides = (*x.stride(), bias.stride(0), pos_embed.stride(1))
     args = (x, weight, bias, pos_embed, y, B, T, x.shape[3] // p, *strides)
@@ -248,7 +250,7 @@ SPEC = OpSpec(
         Case("LargeDiT-3B", _XL | {"D": 3072}),
     ),
     stream=("pos_embed",),
-    traffic=(Case("DiT-XL/2, 16 samples", _XL | {"B": SAMPLES}),),
+    traffic=(Case("DiT-XL/2, 16 samples", _XL | {"B": CONFIG[3]}),),
     flops=lambda inputs: 2 * inputs["x"].numel() * inputs["weight"].shape[0],
     shard=("B",),
 )

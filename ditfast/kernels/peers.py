@@ -70,7 +70,7 @@ def apex_adamw(**inputs: Any) -> None:
     weights, moments = inputs["weights"], (inputs["exp_avgs"], inputs["exp_avg_sqs"])
     grads = [g.to(w.dtype) for g, w in zip(inputs["grads"], weights, strict=True)]
     if inputs["grad_factor"] is not None:
-        grads = torch._foreach_mul(grads, inputs["grad_factor"].reshape(()))
+        grads = list(torch._foreach_mul(grads, inputs["grad_factor"].reshape(())))
     inputs["steps"] += 1
     groups: dict[tuple[int, float], list[int]] = {}
     for i, (step, decay) in enumerate(zip(inputs["steps"].tolist(), inputs["decays"], strict=True)):

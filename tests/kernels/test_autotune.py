@@ -19,6 +19,7 @@ from ditfast.kernels.autotune import Choice, pick
 from ditfast.kernels.tune import MARGIN, fastest, neighbours, tune
 
 ROOT = Path(__file__).parents[2]
+KERNELS = [pytest.param(spec, id=spec.name) for spec in OPS if "triton" in spec.op.backends]
 SPEC = next(spec for spec in OPS if spec.name == "unpatchify")
 KEY, PINNED, OTHER = "unpatchify_fwd(2x4x8 float32, 2, 2)", (1024, 4), (256, 2)
 
@@ -252,3 +253,23 @@ def test_the_command_refuses_what_it_does_not_know(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["tune", *arguments])
     assert arguments[1] in capsys.readouterr().err
+
+
+def together(config):
+    """All tile sizes doubled, and all halved; the warps mean nothing in the interpreter."""
+    *sizes, warps = config
+    return [(*(size * 2 for size in sizes), warps), (*(max(1, size // 2) for size in sizes), warps)]
+
+
+@pytest.mark.parametrize("others", (together, pytest.param(neighbours, marks=pytest.mark.full)))
+@pytest.mark.parametrize("spec", KERNELS)
+def test_every_launcher_is_right_under_other_configs_than_the_pinned_ones(spec, others, device, generator):
+    inputs = spec.make_inputs(spec.cases[0], torch.bfloat16, device, generator)
+    truth = parity.truth(spec, inputs, generator)
+    with autotune.asking() as asked:
+        assert all(verdict.ok for verdict in truth.judge("triton"))
+    assert asked
+    for key, pinned in asked.items():
+        for config in others(pinned):
+            with autotune.trying(key, config):
+                assert all(verdict.ok for verdict in truth.judge("triton")), (key, config)
