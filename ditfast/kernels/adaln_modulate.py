@@ -30,7 +30,7 @@ DIMS = {"x": "B T D", "shift": "B D", "scale": "B D", "weight": "D"}
 #   16-byte loads in flight, no spills on sm_80, sm_90 and sm_100 (at D 1152, backward tiles of 4 rows spill on sm_100);
 # - forward, 8 rows or more share one read of shift and scale: at most 1/8 more bytes than the minimum asked of the L2;
 # - backward, 64 rows or more share one partial row of dshift and dscale: 8 bytes per 64 x 6 in bf16, 2 % more.
-FWD_CONFIGS = ((64, 32, 32, 4), (256, 16, 16, 4), (512, 8, 8, 4), (1536, 4, 8, 4), (4096, 2, 8, 8), (8192, 1, 8, 8))
+FWD_CONFIGS = ((64, 32, 32, 4), (256, 8, 16, 4), (512, 8, 8, 4), (1536, 4, 8, 4), (4096, 2, 8, 8), (8192, 1, 8, 8))
 BWD_CONFIGS = (
     (64, 32, 64, 4),
     (256, 16, 64, 4),

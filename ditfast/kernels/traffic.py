@@ -119,9 +119,7 @@ def cases(spec: OpSpec) -> tuple[Case, ...]:
     """What is counted: the spec's own traffic cases, or its benches at DiT-XL/2 with SAMPLES samples."""
     if spec.traffic is not None:
         return spec.traffic
-    return tuple(
-        replace(case, sizes={**case.sizes, "B": SAMPLES}) for case in spec.bench if case.name.startswith("DiT-XL/2")
-    )
+    return tuple(replace(case, sizes={**case.sizes, "B": SAMPLES}) for case in spec.bench if "DiT-XL" in case.name)
 
 
 def traffic(specs: Sequence[OpSpec], dtype: torch.dtype = torch.bfloat16) -> Iterator[Row]:
