@@ -35,13 +35,13 @@ def check_dims(op: str, dims: Mapping[str, str], tensors: Mapping[str, torch.Ten
     return sizes
 
 
-def sample_dims(op: str, name: str, tensor: torch.Tensor) -> list[str]:
-    """["B", sizes ...] of a tensor (B, C, ...), for `check_dims`; ValueError where it is none or a sample is empty."""
+def sample_dims(op: str, name: str, tensor: torch.Tensor) -> str:
+    """Dims of a tensor (B, C, ...) by name, for `check_dims`; ValueError where it is none or a sample is empty."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{op}: {name} is a {type(tensor).__name__}, expected a torch.Tensor (B, C, ...)")
     if tensor.ndim < 2 or 0 in tensor.shape[1:]:
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected (B, C, ...) with C, ... at least 1")
-    return ["B", *map(str, tensor.shape[1:])]
+    return " ".join(["B", "C", *(f"S{i}" for i in range(1, tensor.ndim - 1))])
 
 
 def check_floating(op: str, tensors: Mapping[str, torch.Tensor | None]) -> None:

@@ -318,11 +318,14 @@ def diffusion_loss(
             one, "auto" takes the reference.
     """
     tensors = {"x_0": x_0, "noise": noise, "output": output, "a": a, "b": b, "bound": bound}
-    B, C, *rest = sample_dims(_OP.name, "x_0", x_0)
-    sample, channels = " ".join([B, C, *rest]), int(C) if bound is None else 2 * int(C)
-    dims = {"x_0": sample, "noise": sample, "output": " ".join([B, str(channels), *rest])}
-    check_dims(_OP.name, {**dims, "a": B, "b": B, "bound": "B 5"}, tensors)
+    sample = sample_dims(_OP.name, "x_0", x_0)
+    dims = {"x_0": sample, "noise": sample, "output": sample.replace("C", "K"), "a": "B", "b": "B", "bound": "B 5"}
+    sizes = check_dims(_OP.name, dims, tensors)
     check_floating(_OP.name, tensors)
+    expected = sizes["C"] if bound is None else 2 * sizes["C"]
+    if sizes["K"] != expected:
+        form = "C channels without a bound" if bound is None else "2C channels with a bound"
+        raise ValueError(f"{_OP.name}: output has {sizes['K']} channels, expected {expected}: {form}")
     mse, vb = _OP(backend, (output, x_0, noise, a, b, bound), (weight,))
     return mse, None if bound is None else vb
 

@@ -151,7 +151,7 @@ def q_sample(
     Where a or b needs a gradient, "auto" takes the reference, which has one.
     """
     tensors = {"x_0": x_0, "noise": noise, "a": a, "b": b}
-    sample = " ".join(sample_dims(_OP.name, "x_0", x_0))
+    sample = sample_dims(_OP.name, "x_0", x_0)
     check_dims(_OP.name, {"x_0": sample, "noise": sample, "a": "B", "b": "B"}, tensors)
     check_floating(_OP.name, tensors)
     return _OP(backend, (x_0, noise, a, b))
