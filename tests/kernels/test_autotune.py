@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ditfast.kernels as kernels
-from ditfast.kernels import OPS, _triton, autotune, parity
+from ditfast.kernels import OPS, _triton, autotune, check, parity
 from ditfast.kernels.__main__ import main
 from ditfast.kernels.autotune import Choice, pick
 from ditfast.kernels.tune import MARGIN, fastest, neighbours, tune
@@ -227,6 +227,29 @@ def test_a_kernel_that_fails_parity_is_not_measured(device, monkeypatch):
     monkeypatch.setattr(parity.Verdict, "ok", False)
     with pytest.raises(RuntimeError, match="unpatchify, .*: fails parity as it is, so nothing was measured"):
         tuned(device)
+
+
+CANDIDATES = """
+import torch
+from ditfast.kernels import OPS, autotune
+from ditfast.kernels.tune import Kernel
+autotune.machine = lambda: ("a chip", "9.0", "any")
+spec, key = OPS[0], sys.argv[1]
+kernel = Kernel(spec, spec.bench[0], torch.bfloat16, None, None, (), key, (2, 64, 4))
+print([kernel.compiles(config) for config in ((2, 32, 4), (4, 64, 1), (3, 64, 4))])
+"""
+
+
+@pytest.mark.skipif(not _triton.INSTALLED, reason="needs triton")
+def test_candidates_that_spill_or_do_not_compile_are_none():
+    spec = OPS[0]
+    with autotune.asking() as asked:
+        check.launches(spec, spec.bench[0], torch.bfloat16)
+    (key,) = (key for key in asked if key.startswith("adaln_modulate_bwd"))
+    plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", f"import sys{CANDIDATES}", key]
+    done = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "[True, False, False]\n", done.stdout + done.stderr
 
 
 @WITHOUT_GPU
