@@ -14,7 +14,8 @@ from .autotune import pick
 # Fewer programs than this leave multiprocessors idle, so a program then takes fewer rows. A constant, not the count of
 # the chip at hand: the chunks decide the order of the sums, and so the bits.
 MIN_PROGRAMS = 264
-SUM_BLOCK = (8, 256)
+# (chunks, columns): the widths of DiT are multiples of 128, and tiles of 256 spill on sm_90 (triton 3.9).
+SUM_BLOCK = (8, 128)
 
 
 def rows_per_program(tile: int, most: int, programs: int, T: int) -> int:
