@@ -4,7 +4,8 @@ The form of registration was chosen by its cost per call: raw ops by define / im
 third of what custom_op with register_autograd takes, and are as opaque to torch.compile. A raw op has no derivative.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,18 @@ from . import _triton
 
 _LIBRARY = torch.library.Library("ditfast", "FRAGMENT")
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_calls: list[tuple[str, str]] | None = None
+
+
+@contextmanager
+def recording_calls() -> Iterator[list[tuple[str, str]]]:
+    """Collect (op, backend) of every call inside, in order; calls that torch.compile has compiled are not seen."""
+    global _calls
+    outer, _calls = _calls, []
+    try:
+        yield _calls
+    finally:
+        _calls = outer
 
 
 class BackendError(ValueError):
@@ -108,6 +121,8 @@ class Op:
         lead = inputs[0][0] if isinstance(inputs[0], list) else inputs[0]
         assert lead is not None
         backend = self.choose(backend, lead.device, lead.dtype)
+        if _calls is not None:
+            _calls.append((self.name, backend))
         if backend == "triton":
             assert self._apply is not None
             return self._apply(*inputs, *attrs)
