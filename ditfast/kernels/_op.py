@@ -22,7 +22,7 @@ _calls: list[tuple[str, str]] | None = None
 
 @contextmanager
 def recording_calls() -> Iterator[list[tuple[str, str]]]:
-    """Collect (op, backend) of every call inside, in order; calls that torch.compile has compiled are not seen."""
+    """Collect (op, backend) of every call inside, in order."""
     global _calls
     outer, _calls = _calls, []
     try:
@@ -41,13 +41,14 @@ class Kernels:
 
     inputs, attrs   schema of the tensors and of the other arguments: "Tensor x, Tensor? gate", "float eps"
     outputs, saved  names of the forward's results; the saved ones are for the backward only
+    reads           the outputs that the backward reads
     stand_ins       {"x": "x_new"}: the backward gets that output, of equal shape and dtype, and input x is not kept
     through         {"x": "x_new"}: the gradient of x is that of this output, and the backward has no part in it
     unread_without  {"branch": "gate"}: where gate is None the backward reads but the shape and dtype of branch, and
                     gets an expanded scalar, so that branch is not kept
     empty(*inputs, *attrs)                            the results, not yet written
     fwd(results, *inputs, *attrs)                     writes them
-    bwd(grads, *douts, *inputs, *saved, *attrs)       writes grads, contiguous tensors like the inputs; without those
+    bwd(grads, *douts, *inputs, *reads, *saved, *attrs)  writes grads, contiguous tensors like the inputs; without those
                                                       in `through`, empty for an input that is None
     """
 
@@ -61,6 +62,7 @@ class Kernels:
     stand_ins: Mapping[str, str] = field(default_factory=dict)
     through: Mapping[str, str] = field(default_factory=dict)
     unread_without: Mapping[str, str] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,17 @@ class Op:
 
     ref(*inputs, *attrs) is differentiable plain PyTorch; functions holds other differentiable forms by backend name;
     kernels the Triton side. Backends are preferred in the order of `backends`.
+    auto(device, dtype, inputs) says what "auto" takes, where that is no matter of order;
+    refusal(backend, device, dtype, inputs) what keeps a backend from running on such inputs, with the remedy.
+    Both get no inputs where none are known.
     """
 
     name: str
     ref: Callable[..., Any]
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     kernels: Kernels | InPlace | None = None
+    auto: Callable[[torch.device, torch.dtype, Sequence[Any]], str] | None = None
+    refusal: Callable[[str, torch.device, torch.dtype, Sequence[Any]], str | None] | None = None
     _apply: Callable[..., Any] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -99,19 +106,23 @@ class Op:
         """Every backend of this op, the preferred first."""
         return (*(("triton",) if self.kernels else ()), *self.functions, "reference")
 
-    def choose(self, asked: str, device: torch.device, dtype: torch.dtype) -> str:
+    def choose(self, asked: str, device: torch.device, dtype: torch.dtype, inputs: Sequence[Any] = ()) -> str:
         """The concrete backend for a first input of this device and dtype; BackendError where `asked` cannot run.
 
         "auto" is the first of `backends`, except that triton is for floats of 16 and 32 bits and for integers on a GPU:
         anywhere else it is slow.
         A GPU without Triton is an error, not a reason to fall back.
         """
-        if asked == "auto":
+        if asked == "auto" and self.auto:
+            asked = self.auto(device, dtype, inputs)
+        elif asked == "auto":
             skipped = () if device.type == "cuda" and _taken(dtype) else ("triton",)
             asked = next(backend for backend in self.backends if backend not in skipped)
         elif asked not in self.backends:
             known = ", ".join(repr(backend) for backend in ("auto", *self.backends))
             raise BackendError(f"{self.name}: backend {asked!r} is not one of {known}")
+        if self.refusal and (why := self.refusal(asked, device, dtype, inputs)):
+            raise BackendError(f"{self.name}: backend {asked!r} cannot run: {why}")
         if asked == "triton" and (missing := _missing(device, dtype)):
             raise BackendError(f"{self.name}: backend 'triton' cannot run: {missing}, or pass backend='reference'")
         return asked
@@ -120,7 +131,7 @@ class Op:
         """The outputs, differentiable, by the backend asked for; inputs are tensors, None, or lists of tensors."""
         lead = inputs[0][0] if isinstance(inputs[0], list) else inputs[0]
         assert lead is not None
-        backend = self.choose(backend, lead.device, lead.dtype)
+        backend = self.choose(backend, lead.device, lead.dtype, inputs)
         if _calls is not None:
             _calls.append((self.name, backend))
         if backend == "triton":
@@ -179,7 +190,7 @@ def _register(name: str, kernels: Kernels) -> Callable[..., Any]:
     arguments = (
         *(f"Tensor d{output}" for output in kernels.outputs),
         *(" ".join(declaration) for declaration in kept.values()),
-        *(f"Tensor {saved}" for saved in kernels.saved),
+        *(f"Tensor {name}" for name in (*kernels.reads, *kernels.saved)),
         kernels.attrs,
     )
     raw_fwd = _define(f"{name}_fwd", (kernels.inputs, kernels.attrs), n_out + len(kernels.saved), fwd, fwd_fake)
@@ -210,7 +221,8 @@ def _differentiable(
             for input, other in kernels.unread_without.items():
                 if known[other] is None:
                     known[input] = known[input].new_empty(()).expand_as(known[input])
-            ctx.save_for_backward(*(known[stand_in] for _, stand_in in kept.values()), *results[n_out:])
+            read = (*(stand_in for _, stand_in in kept.values()), *kernels.reads)
+            ctx.save_for_backward(*(known[name] for name in read), *results[n_out:])
             ctx.attrs = args[n_in:]
             return results[0] if n_out == 1 else results[:n_out]
 

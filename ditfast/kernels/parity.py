@@ -69,22 +69,24 @@ def oracle(spec: OpSpec, inputs: Mapping[str, Any], douts: list[torch.Tensor]) -
     return {k: v for k, v in results.items() if k.removeprefix("d") not in integers}
 
 
-def judge(results: Tensors, eager: Tensors, exact: Tensors, library: bool = False) -> list[Verdict]:
-    """One verdict per tensor of `exact`; the other two hold the same names."""
+def judge(
+    results: Tensors, eager: Tensors, exact: Tensors, library: bool = False, slack: Mapping[str, float] | None = None
+) -> list[Verdict]:
+    """One verdict per tensor of `exact`; the other two hold the same names. slack: OpSpec's."""
     verdicts = []
     for name, truth in exact.items():
         result, reference = results[name], eager[name]
         assert result.dtype == reference.dtype and result.shape == reference.shape == truth.shape, name
         error, eager_error = result.double() - truth, reference.double() - truth
         rounding = truth.to(result.dtype).double() - truth
-        slack = 2 if library or result.dtype == torch.float32 else 1.1
+        factor = (2 if library or result.dtype == torch.float32 else 1.1) * (slack or {}).get(name, 1)
         verdicts.append(
             Verdict(
                 name,
                 _max(error),
                 2 * (_max(eager_error) + _max(rounding)),
                 _rms(error),
-                slack * max(_rms(eager_error), _rms(rounding)),
+                factor * max(_rms(eager_error), _rms(rounding)),
             )
         )
     return verdicts
@@ -96,7 +98,7 @@ def check(spec: OpSpec, inputs: Mapping[str, Any], backend: str, generator: torc
     results = run(spec, inputs, backend, douts)
     eager = run(spec, _widened(inputs), "reference", douts)
     eager = {name: value.to(results[name].dtype) for name, value in eager.items()}
-    return judge(results, eager, oracle(spec, inputs, douts), library=backend in spec.op.functions)
+    return judge(results, eager, oracle(spec, inputs, douts), backend in spec.op.functions, spec.slack)
 
 
 def _widened(inputs: Mapping[str, Any]) -> dict[str, Any]:
