@@ -31,7 +31,8 @@ def accelerate(model: nn.Module, backend: str | Mapping[str, str] = "auto") -> R
     gradients stay within the kernels' error budgets. A part that is changed later (hooks, LoRA, another processor, a
     mask) runs its own forward again. Calling it again looks at the model anew; `restore` undoes it.
 
-    model: anything that contains such blocks; it may be wrapped. Move it to its device first: backends are checked.
+    model: anything that contains such blocks; it may be wrapped. Move it to its device before, since backends are
+        checked; shard it (fully_shard) after.
     backend: of every op, or {op: backend} where it is not "auto".
     Raises ValueError where there is no block to take over, and BackendError for a backend that cannot run there; the
     model is then its own.
@@ -91,7 +92,7 @@ def _recognized(model: nn.Module) -> tuple[list[Taken], dict[str, str]]:
     taken, left, compared = list[Taken](), dict[str, str](), dict[Any, str | None]()
     for path, module in model.named_modules():
         form = next((form for form in FORMS if form.is_kind(module)), None)
-        if form is None or type(module).__module__.startswith("ditfast."):
+        if form is None:
             continue
         if not (problem := _unfit(form, module)):
             key = form, signature(module)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ditfast import kernels
 from ditfast.acceleration.official import second_half
-from ditfast.acceleration.swap import Form, compute_dtype, idle_problem, linear_problem, norm_problem, on
+from ditfast.acceleration.swap import Form, compute_dtype, idle_problem, inputs_of, linear_problem, norm_problem, on
 from ditfast.layers.plain import is_plain
 
 PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")
@@ -101,7 +101,7 @@ class AdaLayerNormZeroForm(Form):
 def _conditioning(norm: Any) -> dict[str, Any]:
     """A timestep and a label for each of two samples, or their embedding where it is made elsewhere."""
     if norm.emb is None:
-        return {"emb": torch.randn(2, norm.linear.in_features)}
+        return {"emb": torch.randn(2, inputs_of(norm.linear))}
     return {"timestep": torch.tensor([3, 700]), "class_labels": torch.tensor([0, 1])}
 
 

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from ditfast import kernels
-from ditfast.acceleration.swap import Form, compute_dtype, described, idle_problem, linear_problem, norm_problem, on
+from ditfast.acceleration.swap import (
+    Form,
+    compute_dtype,
+    described,
+    idle_problem,
+    inputs_of,
+    linear_problem,
+    norm_problem,
+    on,
+)
 from ditfast.layers.plain import is_plain
 
 
@@ -102,8 +111,7 @@ class AttentionForm(Form):
 
     @staticmethod
     def example(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # Not from qkv, which may be a wrapper; scale is head_dim^-0.5.
-        return (torch.randn(2, 3, module.num_heads * round(module.scale**-2)),), {}
+        return (torch.randn(2, 3, inputs_of(module.qkv)),), {}
 
     @staticmethod
     def forward(module: Any, x: Tensor, *more: Any, **named: Any) -> Any:

@@ -40,8 +40,8 @@ class Report:
 
     taken     what was taken over, in the order of model.named_modules()
     left      {path: reason} of what is of a known kind and was not
-    backends  {op: backend} on `device` in `dtype`, those of the model's weights when it was accelerated; `check` returns
-              what ran, which may depend on shapes too
+    backends  {op: backend} on `device` in `dtype`, those of the model's weights when it was accelerated; where shapes
+              matter too, `check` tells
     """
 
     model: nn.Module
@@ -76,18 +76,19 @@ class Report:
             with (
                 torch.no_grad(),
                 torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-                torch.compiler.set_stance("force_eager"),  # a compiled call does not pass through the recorder
+                torch.compiler.set_stance("force_eager"),  # nothing is compiled anew for the recorder
                 recording_calls() as trace.calls,
             ):
                 self.model(*args, **kwargs)
         finally:
             trace.remove()
         for path, _, form in self.taken:
-            runs = trace.runs[path]
-            assert runs, f"{path} ({form.what}) was not called"
-            for run in runs:
-                names = tuple(op for op, _ in run)
-                assert names == form.ops, f"{path} ({form.what}) ran {_listed(names)}, expected {_listed(form.ops)}"
+            if not trace.runs[path]:
+                raise AssertionError(f"{path} ({form.what}) was not called")
+            for run in trace.runs[path]:
+                if (ops := tuple(op for op, _ in run)) != form.ops:
+                    ran, expected = ", ".join(ops) or "no op", ", ".join(form.ops)
+                    raise AssertionError(f"{path} ({form.what}) ran {ran}, expected {expected}")
         return {path: tuple(runs[0]) for path, runs in trace.runs.items()}
 
     def _ops(self, form: type[Form]) -> str:
@@ -137,10 +138,6 @@ class _Trace:
         if self._inside:
             self._inside[-1].extend(self.calls)
         self.calls.clear()
-
-
-def _listed(ops: tuple[str, ...]) -> str:
-    return ", ".join(ops) or "no op"
 
 
 def _pattern(path: str) -> str:

@@ -87,14 +87,7 @@ def swapped_class(swap: Swap) -> type:
         result = NotImplemented if form.unfit(self) else form.forward(self, *args, **kwargs)
         return base.forward(self, *args, **kwargs) if result is NotImplemented else result
 
-    namespace = {
-        "forward": forward,
-        "ditfast_swap": swap,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-    }
-    return type(base.__name__, (Swapped, base), namespace)
+    return type(base.__name__, (Swapped, base), {"forward": forward, "ditfast_swap": swap})
 
 
 def on(module: Any, op: str) -> str:
@@ -130,9 +123,16 @@ def idle_problem(module: nn.Module, *names: str) -> str | None:
 
 def linear_problem(name: str, linear: Any, kind: type[nn.Module] = nn.Linear) -> str | None:
     """Why an op cannot read the weights of this linear (or convolution) in place of calling it."""
-    if is_plain(linear, kind) and linear.bias is not None and type(linear.weight) in (nn.Parameter, Tensor):
-        return None
-    return f"{name} is not a bare {kind.__name__} with bias but {described(linear)}"
+    if not is_plain(linear, kind) or linear.bias is None:
+        return f"{name} is not a bare {kind.__name__} with bias but {described(linear)}"
+    if type(linear.weight) not in (nn.Parameter, Tensor):
+        return f"the weight of {name} is a {type(linear.weight).__name__}"
+    return None
+
+
+def inputs_of(linear: Any) -> int:
+    """The number of inputs of a linear; of a wrapper that does not tell, that of the first matrix in it."""
+    return getattr(linear, "in_features", None) or next(p for p in linear.parameters() if p.ndim == 2).shape[1]
 
 
 def described(part: Any) -> str:

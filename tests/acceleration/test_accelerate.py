@@ -6,7 +6,9 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import ditfast
 from ditfast.acceleration import FORMS
@@ -71,6 +73,17 @@ def test_outputs_and_gradients_are_within_the_kernels_budgets(subject, dtype):
 def test_autocast(subject):
     eager = results(subject, subject.model, torch.bfloat16)
     assert_within_budgets(subject, results(subject, accelerated(subject), torch.bfloat16), eager)
+
+
+def test_norms_write_what_the_linears_read(subject):
+    """Under autocast the linear would otherwise round the float32 result of the norm in another pass."""
+    ditfast.accelerate(subject.model)
+    seen = []
+    subject.block().get_submodule(subject.called).register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        subject.run()
+    subject.run()
+    assert seen == [torch.bfloat16, torch.float32]
 
 
 def test_on_triton_kernels(subject):
@@ -176,6 +189,19 @@ def test_compiles_without_graph_breaks(subject):
     assert report.check(*subject.args, **subject.kwargs)
 
 
+def test_blocks_that_were_compiled_before(subject):
+    """One by one, as `block.compile()` does it."""
+    graphs = []
+    for block in subject.model.get_submodule(subject.blocks):
+        block.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True)
+    expected, before = subject.run(), len(graphs)
+    report = ditfast.accelerate(subject.model)
+    torch.testing.assert_close(subject.run(), expected, rtol=1e-4, atol=1e-4)
+    compiled = len(graphs)
+    assert report.check(*subject.args, **subject.kwargs)
+    assert before < compiled == len(graphs)
+
+
 def test_hooks_see_what_they_saw(subject):
     """On blocks and on parts that are called, and on norms that the ops would bypass: their modules are called then."""
     seen = []
@@ -266,7 +292,7 @@ def test_the_report(subject):
 
 
 def test_check_returns_what_ran_and_leaves_no_trace(subject):
-    report = ditfast.accelerate(subject.model)
+    report = ditfast.accelerate(subject.model.train())
     torch.manual_seed(3)
     state = torch.get_rng_state()
     ran = report.check(*subject.args, **subject.kwargs)
@@ -274,6 +300,13 @@ def test_check_returns_what_ran_and_leaves_no_trace(subject):
     assert ran[f"{subject.blocks}.1"][-1] == ("gate_residual", "reference")
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in subject.model.modules())
+
+
+def test_check_misses_what_is_not_called(subject):
+    report = ditfast.accelerate(subject.model)
+    delattr(subject.model.get_submodule(subject.blocks), "1")
+    with pytest.raises(AssertionError, match=rf"{subject.blocks}\.1\S* .* was not called"):
+        report.check(*subject.args, **subject.kwargs)
 
 
 def test_check_of_a_restored_model_fails(subject):
@@ -340,14 +373,37 @@ def test_a_wrapped_model(subject):
     torch.testing.assert_close(subject.run(wrapper), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_class_that_changed_since_is_not_restored(subject):
-    """As fully_shard does, which derives a class from the module's."""
-    ditfast.accelerate(subject.model)
-    block = subject.block()
-    block.__class__ = type("FSDPBlock", (type(block),), {})
-    with pytest.raises(ValueError, match=rf"{subject.blocks}\.0 was made a FSDPBlock after accelerate"):
-        ditfast.restore(subject.model)
-    assert isinstance(subject.block(1), Swapped)
+@pytest.fixture
+def process_group(tmp_path):
+    """One process, all by itself."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("first", ("accelerate", "shard"))
+def test_sharded_models(subject, process_group, first):
+    """fully_shard derives a class from the module's: whichever comes first, both work, and only the last is undone."""
+    expected = results(subject, subject.model)
+    if first == "accelerate":
+        ditfast.accelerate(subject.model)
+    for block in subject.model.get_submodule(subject.blocks):
+        fully_shard(block, reshard_after_forward=False)  # diffusers reads weights of its first block outside of it
+    fully_shard(subject.model)
+    if first == "shard":
+        report = ditfast.accelerate(subject.model)
+        assert "the weight of" in report.left[f"{subject.blocks}.0.{subject.read.partition('.')[0]}"]
+        assert report.check(*subject.args, **subject.kwargs)
+    fused = results(subject, subject.model)
+    for name, value in expected.items():
+        result = fused[name].full_tensor() if isinstance(fused[name], DTensor) else fused[name]
+        torch.testing.assert_close(result, value, rtol=1e-3, atol=1e-4 * value.abs().max().item() + 1e-8, msg=name)
+    if first == "accelerate":
+        with pytest.raises(ValueError, match=rf"{subject.blocks}\.0 was made a FSDP\w+ after accelerate"):
+            ditfast.restore(subject.model)
+    else:
+        assert ditfast.restore(subject.model) == len(report.taken)
+    assert isinstance(subject.block(), Swapped) == (first == "accelerate")
 
 
 def test_a_batch_of_one(subject):
