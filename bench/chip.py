@@ -18,12 +18,15 @@ from typing import Any
 
 import torch
 
+from ditfast.doctor import LEDGER
 from ditfast.kernels import OPS, OpSpec
 from ditfast.kernels._source import source_hash
+from ditfast.kernels.attention.libraries import LIBRARIES, version_of
 
 ROOT = Path(__file__).parents[1]
-LEDGER = ROOT / "bench" / "results" / "chip.json"
 KERNEL_OPS = tuple(spec for spec in OPS if "triton" in spec.op.backends)
+# What other people's kernels are entered as, with the version that ran; the doctor looks there.
+ADAPTERS = {f"{spec.name}/{name}": name for spec in OPS for name in spec.op.functions if name in LIBRARIES}
 
 Ledger = dict[str, dict[str, Any]]
 
@@ -39,10 +42,11 @@ def stale(ledger: Ledger, specs: Sequence[OpSpec] = KERNEL_OPS) -> list[str]:
 
 
 def record(passed: Sequence[str], machine: dict[str, Any], path: Path = LEDGER) -> None:
-    """Enter the ops that passed; the entries of others stay."""
+    """Enter the ops and adapters that passed; the entries of others stay."""
     ledger = read(path) | {
         spec.name: {"hash": source_hash(spec.source), **machine} for spec in KERNEL_OPS if spec.name in passed
     }
+    ledger |= {name: {"version": version_of(ADAPTERS[name]), **machine} for name in passed if name in ADAPTERS}
     _write(ledger, path)
 
 
@@ -76,6 +80,8 @@ def machine_line() -> dict[str, Any]:
 class Tally:
     """pytest plugin: enters an op in the ledger once all its tests are done, takes it out once one failed, in time.
 
+    The tests of an op by another library are that adapter's.
+
     Entered are ops whose tests did not fail, at least one of which ran, and only if the general ones, which name no op
     and so run first, did not fail either. Without `enters` no op is.
     """
@@ -91,10 +97,11 @@ class Tally:
     def pytest_collection_finish(self, session: Any) -> None:
         """Group what is left after deselection by op: general tests, then stale ops, other kernels, other ops."""
         first = stale(read(self.path))
-        names = [None, *dict.fromkeys((*first, *(s.name for s in KERNEL_OPS), *(s.name for s in OPS)))]
+        names = [None, *dict.fromkeys((*first, *(s.name for s in KERNEL_OPS), *(s.name for s in OPS), *ADAPTERS))]
         for item in session.items:
             params = item.callspec.params if hasattr(item, "callspec") else {}
             name = getattr(params.get("spec"), "name", params.get("name"))
+            name = f"{name}/{params['backend']}" if params.get("backend") in LIBRARIES else name
             self.ops[item.nodeid] = name if name in names else None
             self.left[self.ops[item.nodeid]].add(item.nodeid)
         session.items.sort(key=lambda item: names.index(self.ops[item.nodeid]))

@@ -9,6 +9,8 @@ _HOMES = {
     "DiT": "ditfast.layers",
     "DiT_models": "ditfast.layers",
     "create_diffusion": "ditfast.diffusion",
+    "accelerate": "ditfast.acceleration",
+    "restore": "ditfast.acceleration",
     "kernels": "ditfast.kernels",
     "layers": "ditfast.layers",
     "diffusion": "ditfast.diffusion",

@@ -3,15 +3,21 @@
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from ditfast import __version__, kernels
+from ditfast.kernels.attention import libraries
 from ditfast.logs import datasheet_tflops
+
+# What bench/gpu.sh writes; only a source tree has it.
+LEDGER = Path(__file__).parents[1] / "bench" / "results" / "chip.json"
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,20 @@ def devices() -> list[tuple[torch.device, str]]:
     return found
 
 
+def library_state(name: str, device: torch.device) -> str:
+    """Whether attention can run by this library on a device: its version, or what is wrong."""
+    return libraries.refusal(name, device, torch.bfloat16, None) or f"usable, {libraries.version_of(name)}"
+
+
+def library_proof(name: str) -> str:
+    """On which chip bench/gpu.sh saw attention pass by this library; "unproven" where the ledger does not say."""
+    entries = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
+    needed = [f"{op}/{name}" for op in ("attention", "attention_qkvpacked")]
+    if not entries.keys() >= set(needed):
+        return "unproven"
+    return ", ".join(dict.fromkeys(f"{entries[key]['version']} passed on {entries[key]['gpu']}" for key in needed))
+
+
 def op_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend an op takes under backend="auto", or why it takes none."""
     try:
@@ -96,5 +116,11 @@ def doctor() -> int:
         taken = [op_backend(spec.name, device, torch.bfloat16) for device, _ in present]
         able &= all(backend in spec.op.backends for backend in taken)
         table.add_row(spec.name, *taken)
+    console.print(table)
+
+    device = present[-1][0]
+    table = Table("library", f"on {device}", "on a chip", title="Attention by other libraries", title_justify="left")
+    for name in libraries.LIBRARIES:
+        table.add_row(name, library_state(name, device), library_proof(name))
     console.print(table)
     return 0 if able else 1

@@ -1,5 +1,7 @@
 """The doctor reports what is here and what is not."""
 
+import json
+
 import torch
 
 from ditfast import doctor, kernels
@@ -35,3 +37,24 @@ def test_an_op_that_cannot_run_fails_the_report(monkeypatch, capsys):
 
 def test_every_device_is_listed():
     assert [device.type for device, _ in doctor.devices()] == ["cpu"] + ["cuda"] * torch.cuda.device_count()
+
+
+def test_each_attention_library_is_listed_as_unproven_with_what_it_lacks(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(doctor, "LEDGER", tmp_path / "chip.json")
+    doctor.doctor()
+    lines = capsys.readouterr().out.splitlines()
+    device = doctor.devices()[-1][0]
+    for name in ("cudnn", "flash-attn-2", "flash-attn-3", "flash-attn-4", "xformers"):
+        row = next(line for line in lines if line.startswith(f"│ {name} "))
+        assert "unproven" in row and doctor.library_state(name, device) in row
+
+
+def test_a_library_is_proven_by_the_ledger_once_both_forms_passed(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "LEDGER", tmp_path / "chip.json")
+    entry = {"version": "2.8.3", "gpu": "NVIDIA H200"}
+    doctor.LEDGER.write_text(json.dumps({"attention/flash-attn-2": entry}))
+    assert doctor.library_proof("flash-attn-2") == "unproven"
+    doctor.LEDGER.write_text(json.dumps({f"{op}/flash-attn-2": entry for op in ("attention", "attention_qkvpacked")}))
+    assert doctor.library_proof("flash-attn-2") == "2.8.3 passed on NVIDIA H200"
+    assert doctor.library_proof("xformers") == "unproven"

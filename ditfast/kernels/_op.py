@@ -4,7 +4,8 @@ The form of registration was chosen by its cost per call: raw ops by define / im
 third of what custom_op with register_autograd takes, and are as opaque to torch.compile. A raw op has no derivative.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,18 @@ from . import _triton
 
 _LIBRARY = torch.library.Library("ditfast", "FRAGMENT")
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_calls: list[tuple[str, str]] | None = None
+
+
+@contextmanager
+def recording_calls() -> Iterator[list[tuple[str, str]]]:
+    """Collect (op, backend) of every call inside, in order."""
+    global _calls
+    outer, _calls = _calls, []
+    try:
+        yield _calls
+    finally:
+        _calls = outer
 
 
 class BackendError(ValueError):
@@ -28,6 +41,7 @@ class Kernels:
 
     inputs, attrs   schema of the tensors and of the other arguments: "Tensor x, Tensor? gate", "float eps"
     outputs, saved  names of the forward's results; the saved ones are for the backward only
+    reads           the outputs that the backward reads
     stand_ins       {"x": "x_new"}: the backward gets that output, of equal shape and dtype, and input x is not kept
     through         {"x": "x_new"}: the gradient of x is that of this output, and the backward has no part in it
     unread_without  {"branch": "gate"}: where gate is None the backward reads but the shape and dtype of branch, and
@@ -35,7 +49,7 @@ class Kernels:
     constants       inputs without a gradient; where autograd wants it, the kernels cannot run
     empty(*inputs, *attrs)                            the results, not yet written
     fwd(results, *inputs, *attrs)                     writes them
-    bwd(grads, *douts, *inputs, *saved, *attrs)       writes grads, contiguous tensors like the inputs; without those
+    bwd(grads, *douts, *inputs, *reads, *saved, *attrs)  writes grads, contiguous tensors like the inputs; without those
                                                       in `through` and `constants`, empty for one that is None
                                                       None: no derivative, and only the raw op <name>_fwd
     """
@@ -51,6 +65,7 @@ class Kernels:
     through: Mapping[str, str] = field(default_factory=dict)
     unread_without: Mapping[str, str] = field(default_factory=dict)
     constants: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,12 +86,17 @@ class Op:
 
     ref(*inputs, *attrs) is differentiable plain PyTorch; functions holds other differentiable forms by backend name;
     kernels the Triton side. Backends are preferred in the order of `backends`.
+    auto(device, dtype, inputs) says what "auto" takes, where that is no matter of order;
+    refusal(backend, device, dtype, inputs) what keeps a backend from running on such inputs, with the remedy.
+    Both get no inputs where none are known.
     """
 
     name: str
     ref: Callable[..., Any]
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     kernels: Kernels | InPlace | None = None
+    auto: Callable[[torch.device, torch.dtype, Sequence[Any]], str] | None = None
+    refusal: Callable[[str, torch.device, torch.dtype, Sequence[Any]], str | None] | None = None
     _apply: Callable[..., Any] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -94,14 +114,17 @@ class Op:
         """Whether every backend has a derivative."""
         return self.kernels is None or (isinstance(self.kernels, Kernels) and self.kernels.bwd is not None)
 
-    def choose(self, asked: str, device: torch.device, dtype: torch.dtype, underived: bool = False) -> str:
+    def choose(self, asked: str, device: torch.device, dtype: torch.dtype, inputs: Sequence[Any] = ()) -> str:
         """The concrete backend for a first input of this device and dtype; BackendError where `asked` cannot run.
 
         "auto" is the first of `backends`, except that triton is for floats of 16 and 32 bits and for integers on a GPU:
-        anywhere else it is slow. `underived` says that autograd wants a derivative that the kernels lack.
+        anywhere else it is slow. Nor where autograd wants a derivative that the kernels lack.
         A GPU without Triton is an error, not a reason to fall back.
         """
-        if asked == "auto":
+        underived = _graded(self._underived(inputs))
+        if asked == "auto" and self.auto:
+            asked = self.auto(device, dtype, inputs)
+        elif asked == "auto":
             skipped = () if device.type == "cuda" and _taken(dtype) and not underived else ("triton",)
             asked = next(backend for backend in self.backends if backend not in skipped)
         elif asked not in self.backends:
@@ -112,6 +135,8 @@ class Op:
                 f"{self.name}: backend 'triton' has no derivative by an input that requires one; detach it, call the "
                 "op under torch.no_grad(), or pass backend='reference'"
             )
+        if self.refusal and (why := self.refusal(asked, device, dtype, inputs)):
+            raise BackendError(f"{self.name}: backend {asked!r} cannot run: {why}")
         if asked == "triton" and (missing := _missing(device, dtype)):
             raise BackendError(f"{self.name}: backend 'triton' cannot run: {missing}, or pass backend='reference'")
         return asked
@@ -120,7 +145,9 @@ class Op:
         """The outputs, differentiable, by the backend asked for; inputs are tensors, None, or lists of tensors."""
         lead = inputs[0][0] if isinstance(inputs[0], list) else inputs[0]
         assert lead is not None
-        backend = self.choose(backend, lead.device, lead.dtype, _graded(self._underived(inputs)))
+        backend = self.choose(backend, lead.device, lead.dtype, inputs)
+        if _calls is not None:
+            _calls.append((self.name, backend))
         if backend == "triton":
             assert self._apply is not None
             return self._apply(*inputs, *attrs)
@@ -130,7 +157,7 @@ class Op:
         """Those of the inputs that the kernels have no gradient of."""
         if not self.differentiable:
             return inputs
-        if not isinstance(self.kernels, Kernels) or not self.kernels.constants:
+        if not inputs or not isinstance(self.kernels, Kernels) or not self.kernels.constants:
             return ()
         named = zip(_names(self.kernels), inputs, strict=True)
         return [value for name, value in named if name in self.kernels.constants]
@@ -199,7 +226,7 @@ def _register(name: str, kernels: Kernels) -> Callable[..., Any]:
     arguments = (
         *(f"Tensor d{output}" for output in kernels.outputs),
         *(" ".join(declaration) for declaration in kept.values()),
-        *(f"Tensor {saved}" for saved in kernels.saved),
+        *(f"Tensor {name}" for name in (*kernels.reads, *kernels.saved)),
         kernels.attrs,
     )
     raw_bwd = _define(f"{name}_bwd", arguments, len(kept.keys() - set(kernels.constants)), bwd, bwd_fake)
@@ -235,7 +262,8 @@ def _differentiable(
             for input, other in kernels.unread_without.items():
                 if known[other] is None:
                     known[input] = known[input].new_empty(()).expand_as(known[input])
-            ctx.save_for_backward(*(known[stand_in] for _, stand_in in kept.values()), *results[n_out:])
+            read = (*(stand_in for _, stand_in in kept.values()), *kernels.reads)
+            ctx.save_for_backward(*(known[name] for name in read), *results[n_out:])
             ctx.attrs = args[n_in:]
             return results[0] if n_out == 1 else results[:n_out]
 

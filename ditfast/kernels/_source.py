@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 # What an op's file imports but no launch depends on.
-_TOOLS = {"spec", "autotune", "peers", "_checks", "_interpreter"}
+_TOOLS = {"spec", "autotune", "peers", "_checks", "_interpreter", "dispatch", "libraries"}
 
 
 def source_hash(path: Path) -> str:
@@ -17,18 +17,19 @@ def source_hash(path: Path) -> str:
     while todo:
         file = todo.pop()
         sources[file] = file.read_text()
-        siblings = (file.parent / f"{name}.py" for name in _imported(sources[file]))
-        todo += [sibling for sibling in siblings if sibling not in sources and sibling.exists()]
+        todo += _imported(file, sources[file]) - sources.keys()
     return hashlib.sha256("\n".join(normalised(text) for _, text in sorted(sources.items())).encode()).hexdigest()
 
 
 @cache
-def _imported(source: str) -> set[str]:
-    """The modules beside it that a module imports, as in `from ._op import Op`, without the tools."""
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.level == 1]
-    return {
-        name for node in nodes for name in ([node.module] if node.module else [a.name for a in node.names])
-    } - _TOOLS
+def _imported(file: Path, source: str) -> set[Path]:
+    """The files of this package that a module imports by `from ._op import Op` or `from . import _op`; no tools."""
+    found = set[Path]()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            names = {node.module} if node.module else {alias.name for alias in node.names}
+            found |= {file.parents[node.level - 1] / f"{name}.py" for name in names - _TOOLS}
+    return {path for path in found if path.exists()}
 
 
 @cache

@@ -45,17 +45,29 @@ class Launch(NamedTuple):
 
 
 _recorder: list[Launch] | None = None
+_recorded_capability = 90
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Collect the launches inside and run none: with meta tensors, what would run on a GPU shows without one."""
-    global _recorder
-    outer, _recorder = _recorder, []
+def recording(capability: int = 90) -> Iterator[list[Launch]]:
+    """Collect the launches inside and run none: with meta tensors, what would run on a GPU shows without one.
+
+    capability is that of the GPU: 90 for sm_90.
+    """
+    global _recorder, _recorded_capability
+    outer, _recorder, _recorded_capability = (_recorder, _recorded_capability), [], capability
     try:
         yield _recorder
     finally:
-        _recorder = outer
+        _recorder, _recorded_capability = outer
+
+
+def capability(device: torch.device) -> int:
+    """90 for an sm_90; off a GPU that of the recording, and of the newest features that the interpreter knows."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    return _recorded_capability
 
 
 def is_recording() -> bool:
@@ -89,6 +101,13 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
 def samples(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor (B, ...) itself where each sample is contiguous, whatever lies between two, else a contiguous copy."""
     return tensor if tensor[:1].is_contiguous() else tensor.contiguous()
+
+
+def descriptor(matrix: torch.Tensor, box: tuple[int, int]) -> Any:
+    """What a kernel's TMA reads boxes of this size by; the matrix has dense rows, 16-byte aligned."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(matrix, list(box))
 
 
 def two_widths(D: int) -> tuple[int, int]:

@@ -20,6 +20,8 @@ from .spec import Case, OpSpec
 # Opt-in shared memory of a thread block, bytes (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMITS = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}
 _TENSOR_CORE = re.compile(r"^\s*(?:@\S+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*", re.MULTILINE)
+_HGMMA = re.compile(r"^\s*(?:@\S+\s+)?wgmma\.mma_async", re.MULTILINE)
+_DOT = re.compile(r"\btt\.dot(?:_scaled)? .*tensor<[\dx]+x(?:bf16|f16)>")
 _LOAD = re.compile(r"\bLDG\S*")
 _WIDE = re.compile(r"\.(?:128|256)\b")
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
@@ -30,7 +32,7 @@ class Row:
     """One kernel compiled for one architecture.
 
     spills in bytes a thread; loads are instructions that read global memory, wide_loads those of 16 bytes or more a
-    thread; tensor_core are instructions too.
+    thread; tensor_core are instructions too, and hgmma those of them that are Hopper's; dots are tl.dot of 16 bits.
     """
 
     op: str
@@ -44,18 +46,34 @@ class Row:
     loads: int
     wide_loads: int
     tensor_core: int
+    hgmma: int = 0
+    dots: int = 0
+
+    @property
+    def faults(self) -> list[str]:
+        """What is wrong: spills, shared memory beyond the chip's, dots of 16 bits that pass the tensor cores by.
+
+        On sm_90 only HGMMA counts as a tensor core: mma.sync has but half its rate there.
+        """
+        fast = self.hgmma == self.tensor_core > 0 if self.arch == "sm_90" else self.tensor_core > 0
+        found = {
+            "SPILLS": self.spills > 0,
+            "TOO LARGE": self.shared_bytes > SHARED_LIMITS[self.arch],
+            "SLOW DOTS": self.dots > 0 and not fast,
+        }
+        return [fault for fault, here in found.items() if here]
 
     @property
     def ok(self) -> bool:
-        """No spills, and shared memory within the architecture's limit."""
-        return self.spills == 0 and self.shared_bytes <= SHARED_LIMITS[self.arch]
+        """No faults."""
+        return not self.faults
 
 
-def launches(spec: OpSpec, case: Case, dtype: torch.dtype) -> list[_triton.Launch]:
+def launches(spec: OpSpec, case: Case, dtype: torch.dtype, arch: str = "sm_90") -> list[_triton.Launch]:
     """The launches of one forward and backward, recorded on meta tensors."""
     inputs = spec.make_inputs(case, dtype, "meta")
     leaves = [v.requires_grad_() for v in spec.graded(inputs).values()]
-    with _triton.recording() as recorded:
+    with _triton.recording(int(arch.removeprefix("sm_"))) as recorded:
         outputs = spec.call(inputs, "triton")
         if leaves:
             torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs])
@@ -74,7 +92,7 @@ def check(specs: Sequence[OpSpec], archs: Sequence[str], dtype: torch.dtype = to
     for arch in archs:
         for spec in specs:
             for case in spec.bench if "triton" in spec.op.backends else ():
-                for launch in launches(spec, case, dtype):
+                for launch in launches(spec, case, dtype, arch):
                     yield inspect(spec.name, case.name, arch, launch)
 
 
@@ -94,6 +112,8 @@ def inspect(op: str, case: str, arch: str, launch: _triton.Launch) -> Row:
         loads=len(loads),
         wide_loads=sum(1 for load in loads if _WIDE.search(load)),
         tensor_core=len(_TENSOR_CORE.findall(compiled.asm["ptx"])),
+        hgmma=len(_HGMMA.findall(compiled.asm["ptx"])),
+        dots=len(_DOT.findall(compiled.asm["ttir"])),
     )
 
 
@@ -114,6 +134,8 @@ def _compile(launch: _triton.Launch, arch: str) -> Any:
             signature[name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], attrs[(i,)] = _POINTERS[value.dtype], [["tt.divisibility", 16]]
+        elif hasattr(value, "block_shape"):
+            signature[name] = f"tensordesc<{_POINTERS[value.base.dtype].removeprefix('*')}{list(value.block_shape)}>"
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
@@ -149,7 +171,7 @@ def table(rows: Sequence[Row]) -> str:
         (
             *(row.op, row.case, row.kernel, row.arch, str(row.config.get("num_warps", 4)), str(row.registers)),
             *(str(row.spills), str(row.shared_bytes), f"{row.wide_loads} of {row.loads}", str(row.tensor_core)),
-            "ok" if row.ok else "SPILLS OR TOO LARGE",
+            ", ".join(row.faults) or "ok",
         )
         for row in rows
     ]

@@ -68,22 +68,24 @@ def oracle(spec: OpSpec, inputs: Mapping[str, Any], douts: list[torch.Tensor]) -
     return {k: v for k, v in results.items() if k.removeprefix("d") not in integers}
 
 
-def judge(results: Tensors, eager: Tensors, exact: Tensors, library: bool = False) -> list[Verdict]:
-    """One verdict per tensor of `exact`; the other two hold the same names."""
+def judge(
+    results: Tensors, eager: Tensors, exact: Tensors, library: bool = False, slack: Mapping[str, float] | None = None
+) -> list[Verdict]:
+    """One verdict per tensor of `exact`; the other two hold the same names. slack: OpSpec's."""
     verdicts = []
     for name, truth in exact.items():
         result, reference = results[name], eager[name]
         assert result.dtype == reference.dtype and result.shape == reference.shape == truth.shape, name
         error, eager_error = result.double() - truth, reference.double() - truth
         rounding = truth.to(result.dtype).double() - truth
-        slack = 2 if library or result.dtype == torch.float32 else 1.1
+        factor = (2 if library or result.dtype == torch.float32 else 1.1) * (slack or {}).get(name, 1)
         verdicts.append(
             Verdict(
                 name,
                 _max(error),
                 2 * (_max(eager_error) + _max(rounding)),
                 _rms(error),
-                slack * max(_rms(eager_error), _rms(rounding)),
+                factor * max(_rms(eager_error), _rms(rounding)),
             )
         )
     return verdicts
@@ -103,7 +105,7 @@ class Truth:
         """The verdicts on one backend."""
         results = run(self.spec, self.inputs, backend, self.douts)
         eager = {name: value.to(results[name].dtype) for name, value in self.eager.items()}
-        return judge(results, eager, self.exact, library=backend != "triton")
+        return judge(results, eager, self.exact, backend != "triton", self.spec.slack)
 
 
 def truth(spec: OpSpec, inputs: Mapping[str, Any], generator: torch.Generator) -> Truth:

@@ -54,6 +54,8 @@ class OpSpec:
     overwrites  those that it writes without reading
     inputs      makes the inputs, in place of `dims`: of (case, dtype, device, generator)
     traffic     what the traffic count runs, where the benches with two samples are not representative or too large
+    limits      those of traffic.LIMITS that an op is above by design, with a reason
+    slack       by how much the RMS error of a tensor may exceed the parity budget, where the method rounds once more
     """
 
     op: Op
@@ -74,6 +76,8 @@ class OpSpec:
     overwrites: tuple[str, ...] = ()
     inputs: Callable[..., dict[str, Any]] | None = None
     traffic: tuple[Case, ...] | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
+    slack: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -82,8 +86,13 @@ class OpSpec:
 
     @property
     def source(self) -> Path:
-        """The op's file."""
+        """The op's file, of a package its __init__.py."""
         return Path(inspect.unwrap(self.fn).__code__.co_filename)
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """The op's file, or all those of its package."""
+        return tuple(sorted(self.source.parent.glob("*.py"))) if self.source.stem == "__init__" else (self.source,)
 
     def make_inputs(
         self,

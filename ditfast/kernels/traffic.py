@@ -9,7 +9,7 @@ the real batch. Work of a stage that is not a Triton launch does not show, so a 
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -36,7 +36,7 @@ class Launched:
 
 @dataclass(frozen=True)
 class Row:
-    """One stage ("fwd" or "bwd") of an op; launches holds the share of each kernel."""
+    """One stage ("fwd" or "bwd") of an op; launches holds each kernel's share, limits what the op has for LIMITS."""
 
     op: str
     case: str
@@ -45,6 +45,7 @@ class Row:
     bytes_unique: int
     bytes_min: int
     launches: tuple[Launched, ...]
+    limits: Mapping[str, float]
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -53,8 +54,8 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        """Both ratios within LIMITS."""
-        return all(self.ratios[name] <= limit for name, limit in LIMITS.items())
+        """Both ratios within the op's limits, else LIMITS."""
+        return all(self.ratios[name] <= self.limits.get(name, limit) for name, limit in LIMITS.items())
 
 
 class _Counter:
@@ -91,15 +92,15 @@ def counting() -> Iterator[list[Launched]]:
     done: list[Launched] = []
     current: _Counter | None = None
 
-    def counted_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+    def counted_load(pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         assert current is not None
         current.add("read", pointers, mask)
-        return load(pointers, mask, *rest)
+        return load(pointers, mask, *rest, **named)
 
-    def counted_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def counted_store(pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         assert current is not None
         current.add("write", pointers, mask)
-        return store(pointers, value, mask, *rest)
+        return store(pointers, value, mask, *rest, **named)
 
     def counted_call(self: Any, *args: Any, **kwargs: Any) -> None:
         nonlocal current
@@ -146,7 +147,7 @@ def _count(spec: OpSpec, case: Case, dtype: torch.dtype) -> Iterator[Row]:
     for stage, launched in stages.items():
         if launched:
             requested, unique = sum(one.requested for one in launched), sum(one.unique for one in launched)
-            yield Row(spec.name, case.name, stage, requested, unique, bytes_min[stage], tuple(launched))
+            yield Row(spec.name, case.name, stage, requested, unique, bytes_min[stage], tuple(launched), spec.limits)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -36,7 +36,7 @@ def test_recording_one_op_keeps_the_entries_of_others(tmp_path):
 
 
 OP = chip.KERNEL_OPS[0].name
-OTHER = next(spec.name for spec in chip.OPS if spec not in chip.KERNEL_OPS)
+OTHER = chip.KERNEL_OPS[1].name
 
 
 @pytest.fixture
@@ -79,6 +79,22 @@ def gpu_of_op(ledger: Path, outcomes: list[tuple[str | None, str]], finished: bo
 )
 def test_an_op_is_entered_when_its_tests_and_the_general_ones_pass_and_taken_out_when_one_fails(ledger, outcomes, gpu):
     assert gpu_of_op(ledger, outcomes) == gpu
+
+
+def test_tests_by_another_library_are_entered_for_it_alone(ledger):
+    before = chip.read(ledger)
+    tally = chip.Tally(float("inf"), {"gpu": "now"}, ledger)
+    items = []
+    for op, backend in (("attention", "triton"), ("attention", "cudnn"), ("attention_qkvpacked", "cudnn")):
+        params = {"spec": SimpleNamespace(name=op), "backend": backend}
+        items.append(SimpleNamespace(nodeid=f"{op}-{backend}", callspec=SimpleNamespace(params=params)))
+    tally.pytest_collection_finish(SimpleNamespace(items=items))
+    for nodeid, passed in (("attention-cudnn", True), ("attention_qkvpacked-cudnn", False)):
+        for when in ("call", "teardown"):
+            report = {"nodeid": nodeid, "when": when, "passed": passed, "failed": not passed}
+            tally.pytest_runtest_logreport(SimpleNamespace(**report))
+    entered = {name: entry for name, entry in chip.read(ledger).items() if name not in before}
+    assert entered == {"attention/cudnn": {"version": torch.__version__, "gpu": "now"}}
 
 
 def test_an_unfinished_op_is_not_entered(ledger):

@@ -43,7 +43,7 @@ def test_no_kernel_spills_at_the_shapes_of_dit_xl(arch, tmp_path):
 
 def test_every_kernel_that_is_written_is_launched():
     recorded = [launch for spec in KERNELS for case in spec.bench for launch in launches(spec, case, torch.bfloat16)]
-    lines = [line for path in (ROOT / "ditfast/kernels").glob("*.py") for line in path.read_text().splitlines()]
+    lines = [line for path in (ROOT / "ditfast/kernels").rglob("*.py") for line in path.read_text().splitlines()]
     written = {line.split("(")[0][4:] for line in lines if line.endswith("_kernel(") and line.startswith("def ")}
     assert {launch.kernel.__name__ for launch in recorded} == written
 
@@ -58,8 +58,8 @@ def test_unknown_architecture_is_refused():
     assert done.returncode == 2 and "sm_90" in done.stderr
 
 
-def row(arch: str = "sm_90", spills: int = 0, shared_bytes: int = 0) -> Row:
-    return Row("op", "case", "kernel", arch, {}, 32, spills, shared_bytes, loads=4, wide_loads=2, tensor_core=0)
+def row(arch: str = "sm_90", spills: int = 0, shared_bytes: int = 0, tensor_core: int = 0, **dots: int) -> Row:
+    return Row("op", "case", "kernel", arch, {}, 32, spills, shared_bytes, 4, 2, tensor_core, **dots)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,44 @@ def test_a_row_is_ok_without_spills_and_within_the_shared_memory_of_its_chip(arc
     assert row(arch, shared_bytes=limit).ok
     assert not row(arch, shared_bytes=limit + 1).ok
     assert not row(arch, spills=4).ok
+
+
+@pytest.mark.parametrize(
+    ("arch", "tensor_core", "hgmma", "ok"),
+    (
+        ("sm_90", 6, 6, True),
+        ("sm_90", 6, 5, False),
+        ("sm_90", 0, 0, False),
+        ("sm_80", 6, 0, True),
+        ("sm_80", 0, 0, False),
+    ),
+)
+def test_dots_of_16_bits_must_be_hgmma_on_sm_90_and_on_tensor_cores_elsewhere(arch, tensor_core, hgmma, ok):
+    assert row(arch, tensor_core=tensor_core, hgmma=hgmma, dots=3).ok is ok
+    assert row(arch).ok
+
+
+SLOW = """
+from dataclasses import replace
+import torch
+from ditfast.kernels import OPS, check
+from ditfast.kernels.attention import forward
+forward.CONFIGS = ((0, 2, 128, {stays}, 64, 4, 2), (0, 4, 128, 32, 32, 4, 2))
+spec = next(spec for spec in OPS if spec.name == "attention")
+rows = check.check([replace(spec, bench=spec.bench[:1])], ["sm_90"], torch.{dtype})
+print([(row.dots, row.faults) for row in rows if "fwd" in row.kernel])
+"""
+
+
+@pytest.mark.parametrize(
+    ("stays", "dtype", "found"),
+    ((64, "bfloat16", "[(4, [])]"), (32, "float16", "[(4, ['SLOW DOTS'])]"), (32, "float32", "[(0, [])]")),
+)
+def test_a_tile_too_small_for_hgmma_is_seen(stays, dtype, found):
+    plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = SLOW.format(stays=stays, dtype=dtype)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=plain, capture_output=True, text=True)
+    assert done.stdout == found + "\n", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(("spills", "status"), ((0, 0), (8, 1)))

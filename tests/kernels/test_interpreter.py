@@ -21,6 +21,15 @@ def dot_kernel(a_ptr, b_ptr, c_ptr, N: tl.constexpr):
 
 
 @jit
+def accumulating_dot_kernel(a_ptr, b_ptr, c_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    c = tl.load(c_ptr + i)
+    for _ in range(2):
+        c = tl.dot(tl.load(a_ptr + i), tl.trans(tl.load(b_ptr + i)), c, input_precision="ieee")
+    tl.store(c_ptr + i, c)
+
+
+@jit
 def add_kernel(x_ptr, y_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     tl.store(y_ptr + i, tl.load(x_ptr + i) + tl.load(x_ptr + i))
@@ -77,6 +86,16 @@ def test_dot_multiplies_the_values(dtype):
     c = torch.empty(16, 16)
     launch(dot_kernel, 1, a, b, c, N=16)
     torch.testing.assert_close(c, a.float() @ b.float(), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
+def test_dot_adds_to_its_accumulator_in_float32(dtype):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 16, 16, generator=generator).to(dtype)
+    c = torch.randn(16, 16, generator=generator)
+    expected = c.double() + 2 * (a.double() @ b.double().T)
+    launch(accumulating_dot_kernel, 1, a, b, c, N=16)
+    torch.testing.assert_close(c, expected.float(), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", (add_kernel, sum_kernel, negate_kernel), ids=lambda kernel: kernel.__name__)

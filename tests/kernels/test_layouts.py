@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ditfast.kernels import OPS, adaln_modulate, attention_qkvpacked, parity
-from ditfast.kernels.attention import _aligned
+from ditfast.kernels.attention.libraries import aligned
 
 # What an op works on in place must be contiguous, which its own checks see to.
 KERNELS = [pytest.param(spec, id=spec.name) for spec in OPS if "triton" in spec.op.backends and not spec.mutates]
@@ -78,10 +78,10 @@ def test_chunks_of_one_modulation_are_read_in_place_and_graded_together(device, 
 )
 def test_sdpa_on_a_gpu_is_given_aligned_rows(view, copied, device):
     tensor = view(torch.randn(2, 5, 4, 24, device=device).bfloat16())
-    aligned = _aligned(tensor)
-    assert torch.equal(aligned, tensor)
-    assert (aligned.data_ptr() != tensor.data_ptr()) is copied
-    assert aligned.data_ptr() % 16 == 0 and aligned.is_contiguous() is (copied or tensor.is_contiguous())
+    result = aligned(tensor)
+    assert torch.equal(result, tensor)
+    assert (result.data_ptr() != tensor.data_ptr()) is copied
+    assert result.data_ptr() % 16 == 0 and result.is_contiguous() is (copied or tensor.is_contiguous())
 
 
 def test_sdpa_copies_misaligned_views_on_a_gpu_only(monkeypatch):

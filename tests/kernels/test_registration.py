@@ -23,8 +23,8 @@ def test_ops_lists_every_public_op_once():
     names = [spec.name for spec in OPS]
     assert len(set(names)) == len(names)
     assert all(getattr(kernels, spec.name) is spec.fn for spec in OPS)
-    files = {path.stem for path in (ROOT / "ditfast/kernels").glob("*.py") if "SPEC = OpSpec(" in path.read_text()}
-    assert {spec.source.stem for spec in OPS} == files
+    files = {path for path in (ROOT / "ditfast/kernels").rglob("*.py") if "SPEC = OpSpec(" in path.read_text()}
+    assert {spec.source for spec in OPS} == files
 
 
 def with_and_without_optional(spec):

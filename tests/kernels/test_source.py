@@ -43,6 +43,16 @@ def test_what_an_op_imports_counts_too_but_no_tools(module, counts, tmp_path):
     assert (source_hash(tmp_path / "op.py") != before) is counts
 
 
+def test_a_package_counts_what_it_imports_of_itself_and_from_above(tmp_path):
+    (tmp_path / "op").mkdir()
+    (tmp_path / "op" / "__init__.py").write_text("from . import forward\n")
+    (tmp_path / "op" / "forward.py").write_text("from .._op import Op\n")
+    (tmp_path / "_op.py").write_text("x = 1\n")
+    before = source_hash(tmp_path / "op" / "__init__.py")
+    (tmp_path / "_op.py").write_text("x = 2\n")
+    assert source_hash(tmp_path / "op" / "__init__.py") != before
+
+
 def test_ops_of_one_package_have_hashes_of_their_own():
     assert len({source_hash(spec.source) for spec in OPS}) == len({spec.source for spec in OPS})
     assert (OPS[0].source.parent / "_op.py").samefile(_op.__file__)
