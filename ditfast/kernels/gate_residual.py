@@ -18,7 +18,7 @@ import torch
 
 from ._checks import check_dims, check_floating
 from ._op import Kernels, Op
-from ._rows import empty_partials, gate_rows, gated_branch, rows_per_program, sum_partials
+from ._rows import block_tiling, empty_partials, gate_rows, gated_branch, sum_partials
 from ._triton import jit, launch, rows, tl
 from .spec import XL_CASES, Case, OpSpec, token_cases
 
@@ -125,16 +125,6 @@ def _gate_residual_bwd_kernel(
         tl.store(partial_ptr + chunk.to(tl.int64) * D + cols, dgate, mask=inside)
 
 
-def _launch_shape(config: tuple[int, int, int, int], B: int, T: int, D: int) -> tuple[int, int, dict[str, int]]:
-    """(chunks per sample, programs, constants of the launch)."""
-    tile, block_d, most, warps = config
-    blocks = -(-D // block_d)
-    per_program = rows_per_program(tile, most, B * blocks, T)
-    chunks = -(-T // per_program)
-    meta = {"D": D, "BLOCK_T": tile, "BLOCK_D": block_d, "ROWS": per_program, "num_warps": warps}
-    return chunks, B * chunks * blocks, meta
-
-
 def _gate_residual_empty(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """x_new, not yet written."""
     return (torch.empty(x.shape, dtype=x.dtype, device=x.device),)
@@ -143,7 +133,7 @@ def _gate_residual_empty(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tens
 def _gate_residual_fwd(
     results: tuple[torch.Tensor, ...], x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None
 ) -> None:
-    chunks, programs, meta = _launch_shape(FWD_CONFIG, *x.shape)
+    chunks, programs, meta = block_tiling(FWD_CONFIG, *x.shape)
     x, branch, (gate, stride_gate) = rows(x), rows(branch), gate_rows(gate)
     strides = (*x.stride()[:2], *branch.stride()[:2], stride_gate)
     launch(_gate_residual_fwd_kernel, programs, x, branch, gate, *results, x.shape[1], chunks, *strides, **meta)
@@ -154,7 +144,7 @@ def _gate_residual_bwd(
 ) -> None:
     dbranch, dgate = grads
     B, T, D = branch.shape
-    chunks, programs, meta = _launch_shape(BWD_CONFIG, B, T, D)
+    chunks, programs, meta = block_tiling(BWD_CONFIG, B, T, D)
     dx_new, (kept, *strides_branch), (gate, stride_gate) = rows(dx_new), gated_branch(branch, gate), gate_rows(gate)
     partial = None if gate is None else empty_partials(B, chunks, 1, D, dx_new.device)
     strides = (*dx_new.stride()[:2], *strides_branch, stride_gate)
