@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ._capture import look_up, upload
 from ._checks import check_dims, check_floating
 from ._op import InPlace, Op
 from ._triton import jit, launch, tl
@@ -202,19 +203,14 @@ def _tables(
 ) -> _Tables:
     """The tables of these tensors: made once, since gradients too come back to their addresses step after step."""
     n, span = len(numels), CONFIG[0]
-
-    def upload(values: Any, dtype: torch.dtype) -> torch.Tensor:
-        # Pinned: a copy from pageable memory would wait for the device.
-        host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-        return host.to(device, non_blocking=True)
-
     wide = [not any(number % 16 for number in (numels[i], *addresses[i::n])) for i in range(n)]
     maps = []
     for kind in (True, False):
         chunks = [(i, c) for i in range(n) if wide[i] is kind for c in range(-(-numels[i] // span))]
         if chunks:
-            maps.append((kind, upload(chunks, torch.int64)))
-    return _Tables(upload([*numels, *addresses], torch.int64), upload(decays, torch.float32), tuple(maps))
+            maps.append((kind, upload(chunks, torch.int64, device)))
+    table = upload([*numels, *addresses], torch.int64, device)
+    return _Tables(table, upload(decays, torch.float32, device), tuple(maps))
 
 
 def _adamw_ema(*args: Any) -> None:
@@ -224,7 +220,7 @@ def _adamw_ema(*args: Any) -> None:
     n, (span, block, warps) = len(weights), CONFIG
     groups = (weights, grads, exp_avgs, exp_avg_sqs, emas, copies)
     addresses = tuple(t.data_ptr() for group in groups for t in group)
-    tables = _tables(tuple(w.numel() for w in weights), addresses, tuple(decays), steps.device)
+    tables = look_up(_tables, tuple(w.numel() for w in weights), addresses, tuple(decays), steps.device)
     corrections = torch.empty((2, n), dtype=torch.float32, device=steps.device)
     logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
     launch(_adamw_ema_step_kernel, -(-n // STEP_BLOCK), steps, found_inf, lr, corrections, n, *logs, BLOCK=STEP_BLOCK)
