@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from ditfast.layers.dit import SIZES
+from ditfast.layers.recompute import RECOMPUTE_POLICIES, policy_of_block
 
 
 class ConfigError(ValueError):
@@ -158,7 +159,7 @@ class TrainConfig:
     batch_size: int = 256
     accumulate: int = 1
     precision: str = "bf16"
-    recompute: Literal["none", "block"] = "none"
+    recompute: str = "ops"  # none, ops, mlp, block, or block:k for every k-th block: ditfast.layers.recompute
     compile: bool = False
     log_every: int = 100
     sample_every: int = 0  # 0 draws no grids during training
@@ -198,6 +199,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         checked_precision(self.train.precision)
+        try:
+            policy_of_block(self.train.recompute, 0)
+        except ValueError as error:
+            raise ConfigError(f"train.{error}{nearest(self.train.recompute, RECOMPUTE_POLICIES)}") from error
         for key, (low, high) in LIMITS.items():
             section, _, name = key.rpartition(".")
             value = getattr(getattr(self, section) if section else self, name)
@@ -240,6 +245,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optim.lr": 2e-3, "optim.schedule": "cosine", "optim.warmup_steps": 100, "optim.clip_norm": 1.0,
         "optim.ema_rates": [0.999], "optim.ema_warmup": True,
         "train.steps": 1000, "train.batch_size": 128, "train.precision": "fp32",
+        "train.recompute": "none",  # memory does not matter here, and `ops` would cost 8 % of a step or more
         "train.log_every": 50, "train.sample_every": 500, "train.save_every": 500,
         "sample.sampler": "ddim", "sample.steps": 50, "sample.guidance_scale": 2.0, "sample.guidance_channels": None,
         "sample.batch_size": 100, "sample.clip_denoised": True,

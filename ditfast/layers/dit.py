@@ -2,11 +2,9 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ditfast import kernels
 from ditfast.layers.block import (
@@ -19,6 +17,7 @@ from ditfast.layers.block import (
 )
 from ditfast.layers.embed import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_pos_embed
 from ditfast.layers.plain import is_plain
+from ditfast.layers.recompute import Block, policy_of_block
 
 BLOCK_VARIANTS: dict[str, Callable[..., nn.Module]] = {
     "adaln_zero": partial(DiTBlock, gated=True),
@@ -26,7 +25,6 @@ BLOCK_VARIANTS: dict[str, Callable[..., nn.Module]] = {
     "cross_attention": CrossAttentionBlock,
     "in_context": InContextBlock,
 }
-RECOMPUTE = ("none", "block")
 
 
 class DiT(nn.Module):
@@ -43,7 +41,7 @@ class DiT(nn.Module):
 
     Attributes that a trainer may set:
         stream_dtype: of the residual stream; None keeps what the embedding gives (fp32 under autocast, officially).
-        recompute: "none", or "block" to recompute every block's inside in backward.
+        recompute: what backward computes again: "none", "ops", "mlp", "block", or "block:k" (see recompute.py).
 
     Raises ValueError for sizes that do not divide, unknown blocks, inputs of another shape, and labels out of range
     (on a CPU; on a GPU that is the embedding's device assertion, so that nothing waits).
@@ -97,8 +95,11 @@ class DiT(nn.Module):
 
     @recompute.setter
     def recompute(self, policy: str) -> None:
-        if policy not in RECOMPUTE:
-            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {policy!r}")
+        for index, block in enumerate(self.blocks):
+            of_block = policy_of_block(policy, index)
+            for module in block.modules():
+                if isinstance(module, Block):
+                    module.recompute = of_block
         self._recompute = policy
 
     def initialize_weights(self) -> None:
@@ -163,10 +164,10 @@ class DiT(nn.Module):
         pending = (x, None, None)
         for block in self.blocks:
             if is_plain(block, DiTBlock):
-                pending = self._maybe_recompute(block.forward_pending, pending, block.adaLN_modulation(c))
+                pending = block.forward_pending(pending, block.adaLN_modulation(c))
             else:
                 # Hooks and wrappers expect the official (x, c) -> x, so the residual is settled at this boundary.
-                pending = (self._maybe_recompute(block, settle(*pending), c), None, None)
+                pending = (block(settle(*pending), c), None, None)
         if is_plain(self.final_layer, FinalLayer):
             return self.final_layer.forward_pending(pending, self.final_layer.adaLN_modulation(c))
         return self.final_layer(settle(*pending), c)
@@ -177,13 +178,8 @@ class DiT(nn.Module):
         if in_context:
             x = torch.cat([x, context], dim=1)
         for block in self.blocks:
-            x = self._maybe_recompute(block, x, context)
+            x = block(x, context)
         return self.final_layer(x[:, : -context.shape[1]] if in_context else x)
-
-    def _maybe_recompute(self, function: Any, *args: Any) -> Any:
-        if self.recompute == "block" and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-        return function(*args)
 
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, D, heads
