@@ -149,6 +149,8 @@ class SampleConfig:
     clip_denoised: bool = False
     batch_size: int = 64
     ema: float | None = None  # which EMA rate's weights; null takes the first, 0 the raw weights
+    cuda_graph: bool = False  # replays the network on a GPU without Python
+    modulation_ahead: bool = True  # computes the adaptive norms' modulation of all steps before the loop
 
 
 @dataclass
@@ -161,6 +163,7 @@ class TrainConfig:
     precision: str = "bf16"
     recompute: str = "ops"  # none, ops, mlp, block, or block:k for every k-th block: ditfast.layers.recompute
     compile: bool = False
+    cuda_graph: bool = False  # replays the whole step on a GPU without Python, on one process
     log_every: int = 100
     sample_every: int = 0  # 0 draws no grids during training
     save_every: int = 50_000

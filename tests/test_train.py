@@ -44,7 +44,7 @@ def gradients(trainer):
     def keep():
         for name, p in trainer.optimizer.parameters.items():
             kept[name], p.grad = p.grad.float(), None
-        return True
+        return torch.zeros(()), torch.zeros(1)
 
     trainer._update = keep
     trainer.step()

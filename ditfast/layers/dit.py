@@ -131,13 +131,58 @@ class DiT(nn.Module):
         """
         if t.shape != x.shape[:1] or y.shape != x.shape[:1]:
             raise ValueError(f"t and y must be (B,) = ({x.shape[0]},), got {tuple(t.shape)} and {tuple(y.shape)}")
-        stream = self.x_embedder(x, self.pos_embed)
-        if self.stream_dtype is not None:
-            stream = stream.to(self.stream_dtype)
+        stream = self._embed(x)
         t_emb = self.t_embedder(t)
         y_emb = self.y_embedder(y, self.training, force_drop_ids)
         tokens = self._run_adaptive if self.adaptive else self._run_tokens
         return self.unpatchify(tokens(stream, t_emb, y_emb))
+
+    def modulations(self, t: Tensor, y: Tensor) -> Tensor:
+        """What `forward` makes of t (R,) and y (R,) alone: the modulation of every block and of the final layer.
+
+        Side by side, (R, modulation_width), for `forward_modulated`; no label is dropped. ValueError with the reason
+        where `modulation_obstacle` knows one.
+        """
+        if obstacle := self.modulation_obstacle():
+            raise ValueError(f"modulation cannot be computed ahead: {obstacle}; call the model itself")
+        c = self.t_embedder(t) + self.y_embedder(y, train=False)
+        return torch.cat([layer.adaLN_modulation(c) for layer in (*self.blocks, self.final_layer)], dim=1)
+
+    def forward_modulated(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """`forward` of noisy x (B, C, H, W) with rows (B, modulation_width) of what `modulations` returned."""
+        if modulation.shape != (len(x), self.modulation_width):
+            expected = (len(x), self.modulation_width)
+            raise ValueError(f"modulation must be (B, modulation_width) = {expected}, got {tuple(modulation.shape)}")
+        *rows, last = modulation.split(self._modulation_widths, dim=1)
+        pending = (self._embed(x), None, None)
+        for block, row in zip(self.blocks, rows, strict=True):
+            pending = block.forward_pending(pending, row)
+        return self.unpatchify(self.final_layer.forward_pending(pending, last))
+
+    @property
+    def modulation_width(self) -> int:
+        """Numbers that modulate one sample: 6D (without gates 4D) for every block and 2D for the final layer."""
+        return sum(self._modulation_widths)
+
+    @property
+    def _modulation_widths(self) -> list[int]:
+        width = self.pos_embed.shape[-1]
+        return [(6 if self.block == "adaln_zero" else 4) * width] * len(self.blocks) + [2 * width]
+
+    def modulation_obstacle(self) -> str | None:
+        """Why modulation cannot be computed ahead of the blocks, or None.
+
+        Blocks with hooks or in wrappers expect to be called as officially, and hooks of the embedders and of the
+        modulation itself to be called in every step.
+        """
+        if not self.adaptive:
+            return f"blocks of kind {self.block!r} have no adaptive norms"
+        kinds = {"": DiT, "final_layer": FinalLayer} | {f"blocks.{i}": DiTBlock for i in range(len(self.blocks))}
+        for name, module in self.named_modules():
+            head = name.startswith(("t_embedder", "y_embedder")) or "adaLN_modulation" in name
+            if (name in kinds or head) and not is_plain(module, kinds.get(name, type(module))):
+                return f"{name or 'the model'} has hooks, is compiled, or is another class or wrapper"
+        return None
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, channels: int | None = 3) -> Tensor:
         """Classifier-free guidance on a doubled batch: y holds n labels then n null labels, and only x[:n] is read.
@@ -158,6 +203,11 @@ class DiT(nn.Module):
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """(B, T, p * p * out_channels) -> (B, out_channels, H, W)."""
         return kernels.unpatchify(tokens, self.patch_size, self.x_embedder.grid_size)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """The residual stream at its start."""
+        stream = self.x_embedder(x, self.pos_embed)
+        return stream if self.stream_dtype is None else stream.to(self.stream_dtype)
 
     def _run_adaptive(self, x: Tensor, t_emb: Tensor, y_emb: Tensor) -> Tensor:
         c = t_emb + y_emb

@@ -442,3 +442,62 @@ def test_wrong_inputs():
         model.forward_with_cfg(x, t, y, 2.0, channels=0)
     with pytest.raises(ValueError, match=r"labels must be in 0..7 .* got \[8\]"):
         model(x, t, torch.tensor([0, 1, 8, 2, 3]))
+
+
+@pytest.mark.parametrize("block", ["adaln_zero", "adaln"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-fast"])
+def test_forward_from_its_modulation_is_forward_to_the_bit(block, precision):
+    policy = PRECISIONS[precision]
+    model = policy.apply(randomized(block=block))
+    x, t, y = batch(model)
+    with torch.no_grad(), policy.autocast("cpu"):
+        modulation = model.modulations(t, y)
+        assert modulation.shape == (5, model.modulation_width)
+        assert modulation.dtype is policy.compute
+        assert torch.equal(model.forward_modulated(x, modulation), model(x, t, y))
+
+
+def test_modulation_drops_no_label():
+    model = randomized(class_dropout_prob=0.9).train()
+    _, t, y = batch(model)
+    assert torch.equal(model.modulations(t, y), model.eval().modulations(t, y))
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda m: m.register_forward_hook(lambda *args: None), "the model has hooks"),
+        (lambda m: m.blocks[1].register_forward_pre_hook(lambda *args: None), "blocks.1 has hooks"),
+        (lambda m: m.t_embedder.mlp[0].register_forward_hook(lambda *args: None), "t_embedder.mlp.0 has hooks"),
+        (lambda m: m.blocks[2].adaLN_modulation[1].compile(), "blocks.2.adaLN_modulation.1 has hooks"),
+        (lambda m: m.blocks.__setitem__(0, Wrapped(m.blocks[0])), "blocks.0 has hooks"),
+        (lambda m: setattr(m, "final_layer", Wrapped(m.final_layer)), "final_layer has hooks"),
+    ],
+)
+def test_modulation_is_refused_where_modules_must_be_called(change, named):
+    model = randomized()
+    assert model.modulation_obstacle() is None
+    change(model)
+    with pytest.raises(ValueError, match=f"cannot be computed ahead: {named}.*call the model itself"):
+        model.modulations(*batch(model)[1:])
+
+
+class Wrapped(nn.Module):
+    """Any wrapper around a layer."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+
+@pytest.mark.parametrize("block", ["cross_attention", "in_context"])
+def test_blocks_without_adaptive_norms_have_no_modulation(block):
+    model = randomized(block=block)
+    with pytest.raises(ValueError, match=f"blocks of kind '{block}' have no adaptive norms"):
+        model.modulations(*batch(model)[1:])
+
+
+def test_modulation_of_another_width_is_refused():
+    model = randomized()
+    with pytest.raises(ValueError, match=r"modulation must be .* = \(5, 960\), got \(5, 48\)"):
+        model.forward_modulated(batch(model)[0], torch.zeros(5, 48))
