@@ -56,8 +56,8 @@ def build_diffusion(config: DiffusionConfig, learn_sigma: bool, respacing: str =
 def predictor(model: Callable[..., Tensor], precision: Precision, device: torch.device) -> Callable[..., Tensor]:
     """`model` as losses and samplers want it: fp32 in and out, the precision policy inside."""
 
-    def predict(x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
+    def predict(*args: Tensor, **kwargs: Tensor) -> Tensor:
         with precision.autocast(device):
-            return model(x, t, **kwargs).float()
+            return model(*args, **kwargs).float()
 
     return predict

@@ -109,11 +109,19 @@ def _export(arguments: list[str]) -> int:
 
 
 def _doctor(arguments: list[str]) -> int:
-    from ditfast.doctor import doctor
+    from ditfast.doctor import doctor, memory
 
-    argparse.ArgumentParser(prog="ditfast doctor", description="Report versions, devices and backends.").parse_args(
-        arguments
+    options = argparse.ArgumentParser(
+        prog="ditfast doctor",
+        description="Report versions, devices and backends; with --model also the memory that training it takes.",
     )
+    options.add_argument("--model", help="DiT-XL/2, ...: memory under every --train.recompute policy")
+    options.add_argument("--batch-size", type=int, default=256, help="of one GPU")
+    options.add_argument("--image-size", type=int, default=256, help="in pixels; the model sees latents of an eighth")
+    options.add_argument("--precision", default="bf16", help="bf16, bf16-fast, ...")
+    given = options.parse_args(arguments)
+    if given.model:
+        memory(given.model, given.batch_size, given.image_size, given.precision)
     return doctor()
 
 

@@ -16,6 +16,7 @@ import yaml
 
 from ditfast.files import replacing
 from ditfast.layers.dit import SIZES
+from ditfast.layers.recompute import RECOMPUTE_POLICIES, policy_of_block
 
 
 class ConfigError(ValueError):
@@ -149,6 +150,8 @@ class SampleConfig:
     clip_denoised: bool = False
     batch_size: int = 64
     ema: float | None = None  # which EMA rate's weights; null takes the first, 0 the raw weights
+    cuda_graph: bool = False  # replays the network on a GPU without Python
+    modulation_ahead: bool = True  # computes the adaptive norms' modulation of all steps before the loop
 
 
 @dataclass
@@ -159,8 +162,9 @@ class TrainConfig:
     batch_size: int = 256
     accumulate: int = 1
     precision: str = "bf16"
-    recompute: Literal["none", "block"] = "none"
+    recompute: str = "ops"  # none, ops, mlp, block, or block:k for every k-th block: ditfast.layers.recompute
     compile: bool = False
+    cuda_graph: bool = False  # replays the whole step on a GPU without Python, on one process
     log_every: int = 100
     sample_every: int = 0  # 0 draws no grids during training
     save_every: int = 50_000
@@ -200,6 +204,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         checked_precision(self.train.precision)
+        try:
+            policy_of_block(self.train.recompute, 0)
+        except ValueError as error:
+            raise ConfigError(f"train.{error}{nearest(self.train.recompute, RECOMPUTE_POLICIES)}") from error
         for key, (low, high) in LIMITS.items():
             section, _, name = key.rpartition(".")
             value = getattr(getattr(self, section) if section else self, name)
@@ -242,6 +250,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optim.lr": 2e-3, "optim.schedule": "cosine", "optim.warmup_steps": 100, "optim.clip_norm": 1.0,
         "optim.ema_rates": [0.999], "optim.ema_warmup": True,
         "train.steps": 1000, "train.batch_size": 128, "train.precision": "fp32",
+        "train.recompute": "none",  # memory does not matter here, and `ops` would cost 8 % of a step or more
         "train.log_every": 50, "train.sample_every": 500, "train.save_every": 500,
         "sample.sampler": "ddim", "sample.steps": 50, "sample.guidance_scale": 2.0, "sample.guidance_channels": None,
         "sample.batch_size": 100, "sample.clip_denoised": True,

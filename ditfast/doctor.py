@@ -13,8 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ditfast import __version__, kernels
+from ditfast.config import PRECISIONS, ConfigError, checked_precision, nearest
 from ditfast.kernels.attention import libraries
+from ditfast.layers import DiT_models
 from ditfast.logs import datasheet_tflops
+from ditfast.plan import plan_memory, state_bytes
 
 # What bench/gpu.sh writes; only a source tree has it.
 LEDGER = Path(__file__).parents[1] / "bench" / "results" / "chip.json"
@@ -124,3 +127,32 @@ def doctor() -> int:
         table.add_row(name, library_state(name, device), library_proof(name))
     console.print(table)
     return 0 if able else 1
+
+
+def memory(name: str, batch_size: int, image_size: int, precision: str) -> None:
+    """Prints what training `name` takes of a GPU's memory under every recompute policy.
+
+    batch_size is that of one GPU, image_size in pixels, of which the model sees latents of an eighth. ConfigError for
+    an unknown model or precision and for impossible sizes, ValueError where patches do not divide the latents.
+    """
+    if name not in DiT_models:
+        raise ConfigError(f"unknown model {name!r}{nearest(name, DiT_models) or '; known: ' + ', '.join(DiT_models)}")
+    if batch_size < 1 or image_size < 8 or image_size % 8:
+        raise ConfigError(
+            f"the batch size must be positive and the image size a multiple of 8, got {batch_size} and {image_size}"
+        )
+    held = PRECISIONS[checked_precision(precision)]
+    with torch.device("meta"):
+        model = DiT_models[name](input_size=image_size // 8)
+    state, tokens = state_bytes(model, held) / 1e9, batch_size * model.x_embedder.num_patches
+    console = Console(soft_wrap=True)
+    console.print(
+        f"Memory of training {name} at {image_size} pixels, batch {batch_size} ({tokens} tokens), {precision}: "
+        f"{state:.1f} GB of weights, gradients, optimizer and EMA, and by recompute policy"
+    )
+    table = Table("policy", "bytes a token and layer", "activations, GB", "all, with a block at work, GB")
+    for row in plan_memory(model, held, batch_size):
+        total = state + (row.activations + row.working) / 1e9
+        table.add_row(row.policy, f"{row.per_token:,.0f}", f"{row.activations / 1e9:.1f}", f"{total:.1f}")
+    console.print(table)
+    console.print("Computed from shapes, not measured. With kernels, as on a GPU; in PyTorch's ops `none` keeps more.")

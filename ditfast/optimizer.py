@@ -22,8 +22,8 @@ class AdamWEMA:
     copy of the masters, refreshed by every step; else master and parameter are one tensor. Frozen parameters have
     neither master nor EMA.
 
-    Use: after backward, `update(step, gradient_norm())`; of a scaled loss, both with the inverse scale. Neither makes
-    the host wait for a GPU.
+    Use: before a step, `schedule(step)`; after backward, `update(gradient_norm())`; of a scaled loss, both with the
+    inverse scale. None makes the host wait for a GPU, and only `schedule` depends on numbers of the host.
     """
 
     def __init__(
@@ -70,14 +70,15 @@ class AdamWEMA:
         norm = torch.stack(torch._foreach_norm(self.gradients(), 2, torch.float32)).norm()
         return norm if inverse_scale is None else norm * inverse_scale
 
-    def set_lr(self, factor: float) -> float:
-        """Sets the learning rate to `factor` times the configured one and returns it."""
-        lr = self.config.lr * factor
-        self._lr.fill_(lr)
-        return lr
+    def schedule(self, step: int, factor: float = 1.0) -> None:
+        """Sets what a 0-based step has: `factor` times the configured learning rate, and the EMAs' rates in warm-up."""
+        self._lr.fill_(self.config.lr * factor)
+        if self.config.ema_warmup:
+            for alpha, rate in zip(self._alphas, self.emas, strict=True):
+                alpha.fill_(1 - min(rate, (1 + step) / (10 + step)))
 
     @torch.no_grad()
-    def update(self, step: int, norm: Tensor, inverse_scale: Tensor | None = None) -> Tensor:
+    def update(self, norm: Tensor, inverse_scale: Tensor | None = None) -> Tensor:
         """One step from the gradients, whose norm () this is, clipped as configured; then there are no gradients.
 
         The EMAs follow, e <- rate e + (1 - rate) w for every rate, and the low-precision copies. Returns (1,) fp32: one
@@ -87,9 +88,6 @@ class AdamWEMA:
         if self.config.clip_norm > 0:
             factor = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             factor = factor if inverse_scale is None else factor * inverse_scale
-        if self.config.ema_warmup:
-            for alpha, rate in zip(self._alphas, self.emas, strict=True):
-                alpha.fill_(1 - min(rate, (1 + step) / (10 + step)))
         found_inf = (~norm.isfinite()).float().reshape(1)
         names = list(self.masters)
         kernels.adamw_ema(

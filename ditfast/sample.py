@@ -1,6 +1,6 @@
 """Sampling: weights from a run or an official checkpoint, labels in, images or latents out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,18 @@ from ditfast.config import (
     ModelConfig,
     Precision,
     RunConfig,
+    SampleConfig,
     checked_precision,
     config_from,
     load_config,
 )
+from ditfast.cuda_graph import CudaGraph, check_cuda_graph
 from ditfast.diffusion import ClassifierFreeGuidance, SpacedDiffusion, TwoNetworkGuidance
 from ditfast.images import save_grid, save_npz, to_uint8
 from ditfast.layers import DiT
 from ditfast.layers.embed import check_labels
 from ditfast.logs import log
+from ditfast.modulation import ByTimestep, ModulationTable
 from ditfast.optimizer import ema_group
 from ditfast.reproducibility import generator_for
 
@@ -44,6 +47,45 @@ class Network:
 
     def __call__(self, x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
         return predictor(self.model, self.precision, self.device)(x, t, **kwargs)
+
+
+class LoopNetwork(Network):
+    """A network for the steps of one loop after the other: modulation ahead, a CUDA graph, as the options say.
+
+    Of each loop it must be told the timesteps and the labels before, and of each step the timestep. ConfigError where
+    a CUDA graph is asked for and cannot be.
+    """
+
+    def __init__(self, network: Network, options: SampleConfig):
+        super().__init__(network.model, network.precision, network.device)
+        obstacle = network.model.modulation_obstacle() if options.modulation_ahead else None
+        if obstacle is not None:
+            log.info("modulation is computed in every step: %s", obstacle)
+        self.ahead = options.modulation_ahead and obstacle is None
+        self._table: ModulationTable | None = None
+        self._run = predictor(self.model.forward_modulated if self.ahead else self.model, self.precision, self.device)
+        if options.cuda_graph:
+            check_cuda_graph("sample.cuda_graph", self.device, self.model)
+            self._run = CudaGraph(self._run, "sample.cuda_graph", self.device)
+
+    def begin(self, timesteps: Sequence[int], labels: Tensor) -> None:
+        """A loop over original timesteps, in which only these labels (N,), on the CPU, occur."""
+        classes = labels.unique()
+        if self.ahead and (self._table is None or not torch.equal(self._table.labels, classes)):
+            row_bytes = self.model.modulation_width * self.precision.compute.itemsize
+            self._table = ModulationTable(self._modulations, timesteps, classes, self.device, row_bytes)
+
+    def go_to(self, t: int) -> None:
+        """The next step is at original timestep t."""
+        if self._table is not None:
+            self._table.go_to(t)
+
+    def __call__(self, x: Tensor, t: Tensor, *, y: Tensor) -> Tensor:  # type: ignore[override]
+        return self._run(x, t, y) if self._table is None else self._run(x, self._table(y))
+
+    def _modulations(self, t: Tensor, y: Tensor) -> Tensor:
+        with self.precision.autocast(self.device):
+            return self.model.modulations(t, y)
 
 
 @dataclass
@@ -142,11 +184,19 @@ def draw(
     """
     options, model = config.sample, network.model
     check_labels(labels, network.num_classes)
-    diffusion, guided = prepare(network, config, unconditional)
+    main = LoopNetwork(network, options)
+    other = None if unconditional is None else LoopNetwork(unconditional, options)
+    diffusion, guided = prepare(main, config, other)
+    nulls = [main.num_classes] if other is None and options.guidance_scale != 1 else []
+    by_step: Any = ByTimestep(guided, [n.go_to for n in (main, other) if n is not None])
     shape = (model.in_channels, *model.x_embedder.img_size)
     drawn = []
     for start in range(0, len(labels), options.batch_size):
-        y = labels[start : start + options.batch_size].to(network.device)
+        y = labels[start : start + options.batch_size]
+        main.begin(diffusion.timestep_map, torch.cat([y, y.new_tensor(nulls)]))
+        if other is not None:
+            other.begin(diffusion.timestep_map, y.new_tensor([_null_class(other)]))
+        y = y.to(network.device)
         noise = SampleNoise(seed, range(start, start + len(y)), shape, network.device)
         arguments: dict[str, Any] = {
             "clip_denoised": options.clip_denoised,
@@ -159,7 +209,7 @@ def draw(
             arguments["eta"] = options.eta
             if options.eta == 0:
                 arguments["noise_fn"] = torch.zeros_like
-        drawn.append(loop(guided, (len(y), *shape), noise(), **arguments).float().cpu())
+        drawn.append(loop(by_step, (len(y), *shape), noise(), **arguments).float().cpu())
         on_batch(start + len(y))
     return torch.cat(drawn)
 

@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ditfast import checkpoint, convert, kernels
 from ditfast.build import build_data, build_diffusion, build_model, predictor, resolve_model
 from ditfast.config import ConfigError, RunConfig, differences, save_config
+from ditfast.cuda_graph import CudaGraph, check_cuda_graph
 from ditfast.data import Loader
 from ditfast.diffusion import create_named_schedule_sampler
 from ditfast.distributed import World
@@ -29,7 +31,7 @@ from ditfast.reproducibility import (
     rng_tensors,
     seed_everything,
 )
-from ditfast.sample import Network, prepare, preview
+from ditfast.sample import LoopNetwork, Network, prepare, preview
 from ditfast.stopping import Interrupted, stop_requests
 
 # The options that a checkpoint cannot go on without, and the further ones that decide a run's numbers.
@@ -110,7 +112,7 @@ class Trainer:
         )
         if config.train.sample_every:
             # Now rather than in the middle of the run: a sampler that cannot be, an EMA that is not kept.
-            prepare(Network(self.model, precision, self.device), self.config)
+            prepare(LoopNetwork(Network(self.model, precision, self.device), config.sample), self.config)
             self.optimizer.ema_rate(config.sample.ema)
         # On a GPU, looking makes the host wait: so only for a sampler that must know, and else with a line to log.
         self.checks_each_step = self.device.type == "cpu" or config.diffusion.timestep_sampler != "uniform"
@@ -120,6 +122,10 @@ class Trainer:
         module = torch.compile(self.model, fullgraph=True) if config.train.compile else self.model
         self.parallel = DistributedDataParallel(module, gradient_as_bucket_view=True) if world.size > 1 else None
         self.predict = predictor(self.parallel or module, precision, self.device)
+        self.learn: Callable[..., tuple[dict[str, Tensor], Tensor, Tensor]] = self._learn
+        if config.train.cuda_graph:
+            check_cuda_graph("train.cuda_graph", self.device, self.model, world.size, compiled=config.train.compile)
+            self.learn = CudaGraph(self._learn, "train.cuda_graph", self.device, max_shapes=1)
         self.loader = Loader(
             self.dataset, config.train.batch_size, rank=world.rank, world_size=world.size, seed=config.seed,
             workers=config.data.workers, start_step=self.step_done, pin_memory=self.device.type == "cuda",
@@ -163,14 +169,10 @@ class Trainer:
         self.meter.waited += time.perf_counter() - started
         x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
         t, weights, noise, drop = self._draw(x.shape[1:])
-        parts, chunks = [], self.config.train.accumulate
-        for i, chunk in enumerate(zip(*(v.chunk(chunks) for v in (x, y, t, weights, noise, drop)), strict=True)):
-            # Gradients are reduced across processes once, with the last chunk.
-            with self.parallel.no_sync() if self.parallel and i < chunks - 1 else nullcontext():
-                parts.append(self._backward(*chunk))
-        terms = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self.optimizer.schedule(self.step_done, lr_factor(self.config, self.step_done))
+        terms, self.norm, overflow = self.learn(x, y, t, weights, noise, drop)
         self.losses.add(t, weights, terms)
-        if self._update():
+        if self._applied(overflow):
             self.timesteps.update_with_local_losses(t, terms["loss"])
         self.step_done += 1
         self.meter.steps += 1
@@ -186,6 +188,18 @@ class Trainer:
         generator = generator_for(config.seed, "noise", self.step_done, self.device)
         return t, weights, torch.randn(n, *shape, generator=generator, device=self.device)[rows], drop
 
+    def _learn(self, *batch: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Gradients of a batch (x, y, t, weights, noise, drop) and their update; its losses, their norm, the overflow.
+
+        A CUDA graph replays it: nothing here may depend on numbers of the host that change, or wait for the device.
+        """
+        parts, chunks = [], self.config.train.accumulate
+        for i, chunk in enumerate(zip(*(v.chunk(chunks) for v in batch), strict=True)):
+            # Gradients are reduced across processes once, with the last chunk.
+            with self.parallel.no_sync() if self.parallel and i < chunks - 1 else nullcontext():
+                parts.append(self._backward(*chunk))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, *self._update()
+
     def _backward(
         self, x: Tensor, y: Tensor, t: Tensor, weights: Tensor, noise: Tensor, drop: Tensor
     ) -> dict[str, Tensor]:
@@ -195,14 +209,16 @@ class Trainer:
         self.scaler.scale((terms["loss"] * weights).mean() / self.config.train.accumulate).backward()
         return {name: value.detach() for name, value in terms.items()}
 
-    def _update(self) -> bool:
-        """Applies the gradients if they are finite; whether it did, as far as that is known without waiting."""
-        optimizer, scaler = self.optimizer, self.scaler
-        optimizer.set_lr(lr_factor(self.config, self.step_done))
-        inverse_scale = scaler.inverse()
-        self.norm = optimizer.gradient_norm(inverse_scale)
-        overflow = optimizer.update(self.step_done, self.norm, inverse_scale)
-        scaler.advance(overflow)
+    def _update(self) -> tuple[Tensor, Tensor]:
+        """Applies the gradients if they are finite; their norm (), and (1,) one if they were not."""
+        inverse_scale = self.scaler.inverse()
+        norm = self.optimizer.gradient_norm(inverse_scale)
+        overflow = self.optimizer.update(norm, inverse_scale)
+        self.scaler.advance(overflow)
+        return norm, overflow
+
+    def _applied(self, overflow: Tensor) -> bool:
+        """Whether the gradients were finite and so applied, as far as that is known without waiting."""
         here = overflow.new_full((), self.step_done + 1)
         self.first_overflow = torch.where((self.first_overflow == 0) & (overflow[0] > 0), here, self.first_overflow)
         if not self.checks_each_step:

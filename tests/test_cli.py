@@ -1,5 +1,7 @@
 """The command line: what each sub-command prints, writes and returns, and how it refuses."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -91,3 +93,25 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, tmp_path
 def test_sample_refuses_labels_the_model_does_not_have(run, capsys):
     assert cli.main(["sample", str(run), "--classes=3,10"]) == 2
     assert "labels must be in 0..9" in capsys.readouterr().err
+
+
+def test_doctor_estimates_memory(capsys, monkeypatch):
+    """The rows of performance.md's table for DiT-XL/2 at batch 256, and its static state."""
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["doctor", "--model", "DiT-XL/2", "--batch-size", "256", "--precision", "bf16-fast"]) == 0
+    printed = capsys.readouterr().out
+    assert "65536 tokens" in printed and "13.5 GB of weights" in printed
+    rows = {cells[0]: cells[1:3] for line in printed.splitlines() if len(cells := line.replace("│", " ").split()) == 4}
+    expected = {"ops": ["25,344", "46.5"], "mlp": ["16,128", "29.6"], "block": ["2,304", "4.2"]}
+    assert expected.items() <= rows.items() and {"none", "block:2"} <= rows.keys()
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--model=DiT-XL2"], "unknown model 'DiT-XL2'. Did you mean 'DiT-XL/2'?"),
+    (["--model=DiT-S/2", "--precision=bf17"], "precision must be one of .*bf16.* got 'bf17'"),
+    (["--model=DiT-S/2", "--batch-size=0"], "batch size must be positive"),
+    (["--model=DiT-S/8", "--image-size=72"], "must be divisible by patch_size 8"),
+])  # fmt: skip
+def test_doctor_refuses_impossible_models(options, message, capsys):
+    assert cli.main(["doctor", *options]) == 2
+    assert re.search(message.replace("?", r"\?"), capsys.readouterr().err)

@@ -154,3 +154,17 @@ def test_a_file_that_is_no_configuration_is_named(content, tmp_path):
 def test_a_checkpoints_configuration_reads_back():
     config = parse_config(["--sample.guidance_interval", "[0.1,0.9]"], "DiT-B/4@512")
     assert config_from(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize("policy", ["none", "ops", "mlp", "block", "block:3"])
+def test_recompute_policies(policy):
+    assert parse_config(["--train.recompute", policy], "DiT-S/2").train.recompute == policy
+
+
+def test_an_unknown_recompute_policy_lists_those_there_are():
+    with pytest.raises(ConfigError, match="train.recompute must be one of none, ops, mlp, block, or .*'blocks'"):
+        parse_config(["--train.recompute", "blocks"], "DiT-S/2")
+
+
+def test_the_default_recomputes_ops_but_not_in_the_small_preset():
+    assert [parse_config([], name).train.recompute for name in ("DiT-XL/2", "digits")] == ["ops", "none"]

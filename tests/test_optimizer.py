@@ -43,7 +43,8 @@ def set_gradients(model, seed, scale=1.0):
 
 def update(model, optimizer, step, **gradients):
     set_gradients(model, step, **gradients)
-    optimizer.update(step, optimizer.gradient_norm())
+    optimizer.schedule(step)
+    optimizer.update(optimizer.gradient_norm())
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -105,7 +106,7 @@ def applied_factor(optimizer, monkeypatch, *inverse_scale):
     taken = []
     monkeypatch.setattr(kernels, "adamw_ema", lambda *lists, grad_factor, **scalars: taken.append(grad_factor))
     norm = optimizer.gradient_norm(*inverse_scale)
-    optimizer.update(0, norm, *inverse_scale)
+    optimizer.update(norm, *inverse_scale)
     return taken[0], norm
 
 
@@ -139,7 +140,7 @@ def test_gradient_that_is_not_finite_changes_nothing(precision, bad, backend, mo
     before = {group: {n: t.clone() for n, t in named.items()} for group, named in optimizer.state_tensors().items()}
     set_gradients(model, 1)
     optimizer.parameters["x_embedder.proj.bias"].grad[0] = bad
-    assert optimizer.update(1, optimizer.gradient_norm()).item() == 1
+    assert optimizer.update(optimizer.gradient_norm()).item() == 1
     after = optimizer.state_tensors()
     assert all(torch.equal(t, after[group][n]) for group, named in before.items() for n, t in named.items())
     assert all(torch.equal(p, weights[n]) for n, p in optimizer.parameters.items())

@@ -63,7 +63,7 @@ def assert_same(ours, theirs):
 
 PARALLEL = {
     "plain": {},
-    "accumulate": {"train.accumulate": 2, "optim.clip_norm": 0.5},
+    "accumulate": {"train.accumulate": 2, "optim.clip_norm": 0.5, "train.recompute": "block:2"},
     "importance": {"diffusion.timestep_sampler": "loss-second-moment", "diffusion.diffusion_steps": 4},
     "bf16-fast": {"train.precision": "bf16-fast"},
 }

@@ -70,7 +70,7 @@ VARIANTS = {
     "bf16": {"train.precision": "bf16"},
     "fp16-fast": {"train.precision": "fp16-fast"},
     "deterministic": {"deterministic": True},
-    "recompute": {"train.recompute": "block"},
+    "recompute": {"train.recompute": "block:2"},
 }  # fmt: skip
 
 
@@ -83,6 +83,20 @@ def test_a_resumed_run_ends_in_the_same_bits(variant, tiny_run, monkeypatch):
     assert contents(broken.out) == contents(whole.out)
     assert records(broken.out) == records(whole.out)
     assert [r["step"] for r in records(whole.out)] == [2, 4, 6, 8]
+
+
+def test_resuming_under_another_recompute_policy_ends_in_the_same_bits(tiny_run, monkeypatch):
+    common = {"train.steps": STEPS, "train.precision": "bf16"}
+    policies = ("none", "block", "mlp")
+    whole, broken, resumed = (tiny_run("whole" if p == "none" else "broken", common | {"train.recompute": p})
+                              for p in policies)  # fmt: skip
+    train(whole)
+    with monkeypatch.context() as patched:
+        crash_at(patched, 5)
+        with pytest.raises(Crash):
+            train(broken)
+    train(resumed)
+    assert contents(resumed.out) == contents(whole.out)
 
 
 def test_what_is_compared_is_all_there(tiny_run):

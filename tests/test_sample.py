@@ -85,7 +85,7 @@ class TestDraw:
         assert torch.equal(draw(net, config(sampler="ddpm"), labels), first)
 
     def test_ddpm_at_the_noise_of_each_sample_is_the_diffusions_own_loop(self):
-        net, options = network(), config(sampler="ddpm", guidance_scale=1.0)
+        net, options = network(), config(sampler="ddpm", guidance_scale=1.0, modulation_ahead=False)
         noise = sample.SampleNoise(0, range(2), (4, 8, 8), CPU)
         labels = torch.tensor([1, 2])
         from ditfast.diffusion import create_diffusion

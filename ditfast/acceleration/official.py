@@ -64,12 +64,20 @@ def second_half(
     modulation: the attention's gate, the MLP's shift, scale and gate.
     """
     gate_msa, shift, scale, gate_mlp = modulation
-    x = x.to(torch.promote_types(x.dtype, branch.dtype))
+    x = _wide_enough(x, branch, gate_msa)
     dtype, backend = compute_dtype(x, scale), on(module, "gate_residual_adaln_modulate")
     x, y = kernels.gate_residual_adaln_modulate(
         x, branch, gate_msa, shift, scale, eps, out_dtype=dtype, backend=backend
     )
-    return kernels.gate_residual(x, mlp(y), gate_mlp, backend=on(module, "gate_residual"))
+    branch = mlp(y)
+    return kernels.gate_residual(
+        _wide_enough(x, branch, gate_mlp), branch, gate_mlp, backend=on(module, "gate_residual")
+    )
+
+
+def _wide_enough(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """x in the dtype that PyTorch's x + gate * branch has."""
+    return x.to(torch.promote_types(x.dtype, torch.promote_types(branch.dtype, gate.dtype)))
 
 
 class FinalLayerForm(Form):

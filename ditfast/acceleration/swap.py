@@ -1,8 +1,9 @@
 """A module computed by another forward: the class is swapped in place, and everything that hangs on the module stays.
 
 Parameters, buffers, submodules, hooks, attributes and the module itself are the same objects before and after, so
-optimizers, state dicts, EMA copies, wrappers and `isinstance` see no change. What the fused form does not cover (see
-`Form.unfit`, asked at every call) runs the module's own forward.
+optimizers, state dicts, EMA copies, wrappers and `isinstance` see no change. Another module in its place would lose
+what hangs on it or points to it; a forward bound to the instance would neither pickle nor yield to a subclass. What the
+fused form does not cover (see `Form.unfit`, asked at every call) runs the module's own forward.
 """
 
 import functools

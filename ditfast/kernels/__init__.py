@@ -6,6 +6,7 @@ Importing compiles nothing and needs neither a GPU nor Triton. Each function tak
 
 import torch
 
+from ._capture import captured_tables
 from ._op import BackendError
 from .adaln_modulate import SPEC as _ADALN_MODULATE
 from .adaln_modulate import adaln_modulate, rms_norm
@@ -21,6 +22,8 @@ from .gate_residual import SPEC as _GATE_RESIDUAL
 from .gate_residual import gate_residual
 from .gate_residual_adaln_modulate import SPEC as _GATE_RESIDUAL_ADALN_MODULATE
 from .gate_residual_adaln_modulate import gate_residual_adaln_modulate
+from .gelu_backward import SPEC as _GELU_BACKWARD
+from .gelu_backward import gelu_backward
 from .gelu_mlp import SPEC as _GELU_MLP
 from .gelu_mlp import gelu_mlp
 from .guided_step import SPEC as _GUIDED_STEP
@@ -30,6 +33,10 @@ from .patchify import patchify
 from .q_sample import SPEC as _Q_SAMPLE
 from .q_sample import q_sample
 from .spec import OpSpec
+from .swiglu_backward import SPEC as _SWIGLU_BACKWARD
+from .swiglu_backward import swiglu_backward
+from .swiglu_mlp import SPEC as _SWIGLU_MLP
+from .swiglu_mlp import swiglu_mlp
 from .timestep_embedding import SPEC as _TIMESTEP_EMBEDDING
 from .timestep_embedding import timestep_embedding
 from .unpatchify import SPEC as _UNPATCHIFY
@@ -42,6 +49,9 @@ OPS: tuple[OpSpec, ...] = (
     _ATTENTION,
     _ATTENTION_QKVPACKED,
     _GELU_MLP,
+    _GELU_BACKWARD,
+    _SWIGLU_MLP,
+    _SWIGLU_BACKWARD,
     _TIMESTEP_EMBEDDING,
     _PATCHIFY,
     _UNPATCHIFY,
@@ -72,14 +82,18 @@ __all__ = [
     "attention",
     "attention_qkvpacked",
     "backend_of",
+    "captured_tables",
     "diffusion_loss",
     "gate_residual",
     "gate_residual_adaln_modulate",
+    "gelu_backward",
     "gelu_mlp",
     "guided_step",
     "patchify",
     "q_sample",
     "rms_norm",
+    "swiglu_backward",
+    "swiglu_mlp",
     "timestep_embedding",
     "tuned_in_use",
     "unpatchify",

@@ -51,3 +51,10 @@ def check_floating(op: str, tensors: Mapping[str, torch.Tensor | None]) -> None:
             raise ValueError(
                 f"{op}: {name} has dtype {tensor.dtype}, expected a floating-point dtype; convert it first"
             )
+
+
+def check_contiguous(op: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """ValueError naming the first tensor that is not contiguous."""
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name} has strides {tensor.stride()}, expected a contiguous tensor; copy it first")

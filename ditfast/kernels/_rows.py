@@ -16,6 +16,8 @@ from .autotune import pick
 MIN_PROGRAMS = 264
 # (chunks, columns): the widths of DiT are multiples of 128, and tiles of 256 spill on sm_90 (triton 3.9).
 SUM_BLOCK = (8, 128)
+# As gate_residual's; each partial row is shared by 256 rows, since nothing else is read.
+COLUMN_SUMS = (16, 128, 256, 4)
 
 
 def rows_per_program(tile: int, most: int, programs: int, T: int) -> int:
@@ -45,6 +47,19 @@ def tiling(
     main, tail = two_widths(D)
     meta = {"D": D, "MAIN": main, "TAIL": tail, "BLOCK_T": tile, "ROWS": per_program, "num_warps": warps}
     return -(-T // per_program), meta
+
+
+def block_tiling(config: tuple[int, ...], B: int, T: int, D: int) -> tuple[int, int, dict[str, int]]:
+    """(chunks per sample, programs, constants of the launch) for programs that hold some columns of a chunk of rows.
+
+    config: rows of a tile, columns of a tile, rows of a program, warps.
+    """
+    tile, block_d, most, warps = config
+    blocks = -(-D // block_d)
+    per_program = rows_per_program(tile, most, B * blocks, T)
+    chunks = -(-T // per_program)
+    meta = {"D": D, "BLOCK_T": tile, "BLOCK_D": block_d, "ROWS": per_program, "num_warps": warps}
+    return chunks, B * chunks * blocks, meta
 
 
 def laid_out(*tensors: tuple[torch.Tensor | None, int]) -> tuple[list[torch.Tensor | None], list[int]]:
@@ -91,6 +106,41 @@ def _sum_partials_kernel(
         tl.store(out1_ptr + sample * D + cols, sum1, mask=inside)
     if PARTS > 2:
         tl.store(out2_ptr + sample * D + cols, sum2, mask=inside)
+
+
+@jit
+def _column_sums_kernel(
+    x_ptr,
+    partial_ptr,
+    T,
+    stride_xt,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    pid = tl.program_id(0)
+    chunk = (pid // blocks).to(tl.int64)
+    cols = (pid % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = cols < D
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for t in range(0, ROWS, BLOCK_T):
+        row = chunk * ROWS + t + tl.arange(0, BLOCK_T)
+        live = (row < T)[:, None] & inside[None, :]
+        x = tl.load(x_ptr + row[:, None] * stride_xt + cols[None, :], mask=live, other=0.0).to(tl.float32)
+        total += tl.sum(x, 0)
+    tl.store(partial_ptr + chunk * D + cols, total, mask=inside)
+
+
+def column_sums(x: torch.Tensor, out: torch.Tensor) -> None:
+    """Write to out (D), in its dtype, the sums over the rows of x (T, D)."""
+    T, D = x.shape
+    x = rows(x)
+    chunks, programs, meta = block_tiling(COLUMN_SUMS, 1, T, D)
+    partial = empty_partials(1, chunks, 1, D, x.device)
+    launch(_column_sums_kernel, programs, x, partial, T, x.stride(0), **meta)
+    sum_partials(partial, out.view(1, D))
 
 
 def empty_partials(B: int, chunks: int, parts: int, D: int, device: torch.device) -> torch.Tensor:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ._capture import look_up, upload
 from ._checks import check_dims, check_floating
 from ._op import InPlace, Op
 from ._triton import jit, launch, tl
@@ -204,19 +205,14 @@ def _tables(
 ) -> _Tables:
     """The tables of these tensors: made once, since gradients too come back to their addresses step after step."""
     n = len(numels)
-
-    def upload(values: Any, dtype: torch.dtype) -> torch.Tensor:
-        # Pinned: a copy from pageable memory would wait for the device.
-        host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-        return host.to(device, non_blocking=True)
-
     wide = [not any(number % 16 for number in (numels[i], *addresses[i::n])) for i in range(n)]
     maps = []
     for kind in (True, False):
         chunks = [(i, c) for i in range(n) if wide[i] is kind for c in range(-(-numels[i] // span))]
         if chunks:
-            maps.append((kind, upload(chunks, torch.int64)))
-    return _Tables(upload([*numels, *addresses], torch.int64), upload(decays, torch.float32), tuple(maps))
+            maps.append((kind, upload(chunks, torch.int64, device)))
+    table = upload([*numels, *addresses], torch.int64, device)
+    return _Tables(table, upload(decays, torch.float32, device), tuple(maps))
 
 
 def _adamw_ema(*args: Any) -> None:
@@ -228,7 +224,7 @@ def _adamw_ema(*args: Any) -> None:
     span, block, warps = pick("adamw_ema_update", CONFIG, sum(numels), n, len(emas) // n, *kinds)
     groups = (weights, grads, exp_avgs, exp_avg_sqs, emas, copies)
     addresses = tuple(t.data_ptr() for group in groups for t in group)
-    tables = _tables(numels, addresses, tuple(decays), span, steps.device)
+    tables = look_up(_tables, numels, addresses, tuple(decays), span, steps.device)
     corrections = torch.empty((2, n), dtype=torch.float32, device=steps.device)
     logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
     launch(_adamw_ema_step_kernel, -(-n // STEP_BLOCK), steps, found_inf, lr, corrections, n, *logs, BLOCK=STEP_BLOCK)

@@ -18,9 +18,9 @@ import torch
 
 from ._checks import check_dims, check_floating
 from ._op import Kernels, Op
-from ._rows import empty_partials, laid_out, rows_per_program, sum_partials
+from ._rows import block_tiling, empty_partials, laid_out, sum_partials
 from ._triton import jit, launch, tl
-from .autotune import Config, pick
+from .autotune import pick
 from .spec import XL_CASES, Case, OpSpec, token_cases
 
 DIMS = {"x": "B T D", "branch": "B T D", "gate": "B D"}
@@ -126,19 +126,6 @@ def _gate_residual_bwd_kernel(
         tl.store(partial_ptr + chunk.to(tl.int64) * D + cols, dgate, mask=inside)
 
 
-def _launch_shape(
-    kernel: str, pinned: Config, x: torch.Tensor, *others: torch.Tensor | None
-) -> tuple[int, int, dict[str, int]]:
-    """(chunks per sample, programs, constants of the launch)."""
-    B, T, D = x.shape
-    tile, block_d, most, warps = pick(kernel, pinned, x, *others)
-    blocks = -(-D // block_d)
-    per_program = rows_per_program(tile, most, B * blocks, T)
-    chunks = -(-T // per_program)
-    meta = {"D": D, "BLOCK_T": tile, "BLOCK_D": block_d, "ROWS": per_program, "num_warps": warps}
-    return chunks, B * chunks * blocks, meta
-
-
 def _gate_residual_empty(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """x_new, not yet written."""
     return (torch.empty(x.shape, dtype=x.dtype, device=x.device),)
@@ -147,7 +134,7 @@ def _gate_residual_empty(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tens
 def _gate_residual_fwd(
     results: tuple[torch.Tensor, ...], x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None
 ) -> None:
-    chunks, programs, meta = _launch_shape("gate_residual_fwd", FWD_CONFIG, x, branch, gate)
+    chunks, programs, meta = block_tiling(pick("gate_residual_fwd", FWD_CONFIG, x, branch, gate), *x.shape)
     tensors, strides = laid_out((x, 3), (branch, 3), (gate, 2))
     launch(_gate_residual_fwd_kernel, programs, *tensors, *results, x.shape[1], chunks, *strides, **meta)
 
@@ -157,7 +144,7 @@ def _gate_residual_bwd(
 ) -> None:
     dbranch, dgate = grads
     B, T, D = branch.shape
-    chunks, programs, meta = _launch_shape("gate_residual_bwd", BWD_CONFIG, dx_new, branch, gate)
+    chunks, programs, meta = block_tiling(pick("gate_residual_bwd", BWD_CONFIG, dx_new, branch, gate), B, T, D)
     tensors, strides = laid_out((dx_new, 3), (None if gate is None else branch, 3), (gate, 2))
     partial = None if gate is None else empty_partials(B, chunks, 1, D, dx_new.device)
     launch(_gate_residual_bwd_kernel, programs, *tensors, dbranch, partial, T, chunks, *strides, **meta)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ._checks import check_dims, check_floating
+from ._gemm import linear_dtype
 from ._op import Kernels, Op
 from ._rows import rows_per_program
 from ._triton import jit, launch, rows, tl
@@ -194,14 +195,6 @@ _OP = Op(
 )
 
 
-def _linear_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """What autocast says, else the wider of the two."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return torch.promote_types(x.dtype, weight.dtype)
-
-
 def patchify(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -225,7 +218,7 @@ def patchify(
             f"{_OP.name}: pos_embed has {sizes['T']} tokens, expected {(H // p) * (W // p)} for a {H} x {W} input in "
             f"patches of {p}; build the model for this input size"
         )
-    compute = _linear_dtype(x, weight)
+    compute = linear_dtype(x, weight)
     return _OP(backend, (x, weight, bias, pos_embed), (compute, torch.promote_types(compute, pos_embed.dtype)))
 
 

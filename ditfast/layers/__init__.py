@@ -5,10 +5,13 @@ from ditfast.layers.block import CrossAttentionBlock, DiTBlock, FinalLayer, InCo
 from ditfast.layers.dit import BLOCK_VARIANTS, DiT, DiT_models
 from ditfast.layers.embed import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_pos_embed
 from ditfast.layers.flops import count_parameters, forward_macs, training_flops
+from ditfast.layers.memory import activation_bytes, block_bytes
 from ditfast.layers.mlp import Mlp
+from ditfast.layers.recompute import RECOMPUTE_POLICIES, policy_of_block
 
 __all__ = [
     "BLOCK_VARIANTS",
+    "RECOMPUTE_POLICIES",
     "Attention",
     "CrossAttention",
     "CrossAttentionBlock",
@@ -22,8 +25,11 @@ __all__ = [
     "PatchEmbed",
     "PlainFinalLayer",
     "TimestepEmbedder",
+    "activation_bytes",
+    "block_bytes",
     "count_parameters",
     "forward_macs",
+    "policy_of_block",
     "sincos_pos_embed",
     "training_flops",
 ]

@@ -7,12 +7,20 @@ and modulation, which makes one kernel of what are two blocks' ends. `branch=Non
 `forward(x, c)` is the official form: it settles the pending residual and returns x.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditfast import kernels
 from ditfast.layers.attention import Attention, CrossAttention
 from ditfast.layers.mlp import Mlp
+from ditfast.layers.plain import is_plain
+from ditfast.layers.recompute import Block
+from ditfast.layers.replay import call
 
 NORM_EPS = 1e-6
 Pending = tuple[Tensor, Tensor | None, Tensor | None]
@@ -23,18 +31,45 @@ def settle(x: Tensor, branch: Tensor | None, gate: Tensor | None) -> Tensor:
     return x if branch is None else kernels.gate_residual(x, branch, gate)
 
 
-def norm_modulate(pending: Pending, shift: Tensor, scale: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """(x, y): the settled stream and its modulated LayerNorm, y in the dtype that `linear` computes in."""
+def autocast_dtype(x: Tensor, otherwise: torch.dtype) -> torch.dtype:
+    """What autocast has a Linear compute in on x's device, or `otherwise` where there is no autocast."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else otherwise
+
+
+def norm_modulate(
+    pending: Pending,
+    shift: Tensor,
+    scale: Tensor,
+    linear: nn.Linear,
+    run: Callable[..., Any] = call,
+    drop: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
+    """(x, y): the settled stream and its modulated LayerNorm, y in the dtype that `linear` computes in.
+
+    Under a recompute policy `run` calls the op, and `drop` says which of x (0) and y (1) need not be kept.
+    """
     x, branch, gate = pending
-    out_dtype = linear.weight.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        out_dtype = torch.get_autocast_dtype(x.device.type)
+    options: dict[str, Any] = {"eps": NORM_EPS, "out_dtype": autocast_dtype(x, linear.weight.dtype)}
     if branch is None:
-        return x, kernels.adaln_modulate(x, shift, scale, NORM_EPS, out_dtype=out_dtype)
-    return kernels.gate_residual_adaln_modulate(x, branch, gate, shift, scale, NORM_EPS, out_dtype=out_dtype)
+        return x, run(partial(kernels.adaln_modulate, **options), x, shift, scale, drop=(0,))
+    op = partial(kernels.gate_residual_adaln_modulate, **options)
+    return run(op, x, branch, gate, shift, scale, drop=drop)
 
 
-class DiTBlock(nn.Module):
+def norm(x: Tensor, module: nn.LayerNorm, run: Callable[..., Any]) -> Tensor:
+    """The LayerNorm of x by `module`, in the dtype that the Linear behind it computes in."""
+    if not is_plain(module, nn.LayerNorm):
+        return module(x)
+
+    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+        return y.to(autocast_dtype(x, y.dtype))
+
+    return run(layer_norm, x, module.weight, module.bias, drop=(0,))
+
+
+class DiTBlock(Block):
     """Attention and MLP under adaptive LayerNorm; `gated=True` is adaLN-Zero, False is adaLN (DiT, section 3.2)."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, gated: bool = True):
@@ -49,16 +84,28 @@ class DiTBlock(nn.Module):
         return settle(*self.forward_pending((x, None, None), self.adaLN_modulation(c)))
 
     def forward_pending(self, pending: Pending, modulation: Tensor) -> Pending:
-        """pending (x, branch, gate) of the block before, modulation (B, 6D or 4D) -> this block's pending residual."""
+        """pending (x, branch, gate) of the block before, modulation (B, 6D or 4D) -> this block's pending residual.
+
+        Under the recompute policy "block" nothing is pending behind it: what it keeps is x alone.
+        """
+        if self.recompute_now == "block":
+            return self.under_policy(self._settled, pending, modulation), None, None
+        return self.under_policy(self._pending, pending, modulation)
+
+    def _pending(self, run: Callable[..., Any], pending: Pending, modulation: Tensor) -> Pending:
         gate_msa: Tensor | None = None
         gate_mlp: Tensor | None = None
         if self.gated:
             shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         else:
             shift_msa, scale_msa, shift_mlp, scale_mlp = modulation.chunk(4, dim=1)
-        x, y = norm_modulate(pending, shift_msa, scale_msa, self.attn.qkv)
-        x, y = norm_modulate((x, self.attn(y), gate_msa), shift_mlp, scale_mlp, self.mlp.fc1)
-        return x, self.mlp(y), gate_mlp
+        # The first x can go, since it follows from what the block before has left; the second is left to the next.
+        x, y = norm_modulate(pending, shift_msa, scale_msa, self.attn.qkv, run, drop=(0, 1))
+        x, y = norm_modulate((x, self.attn(y), gate_msa), shift_mlp, scale_mlp, self.mlp.fc1, run, drop=(1,))
+        return x, self.feed(y, run), gate_mlp
+
+    def _settled(self, run: Callable[..., Any], pending: Pending, modulation: Tensor) -> Tensor:
+        return settle(*self._pending(run, pending, modulation))
 
 
 class FinalLayer(nn.Module):
@@ -77,7 +124,7 @@ class FinalLayer(nn.Module):
         return self.linear(norm_modulate(pending, shift, scale, self.linear)[1])
 
 
-class InContextBlock(nn.Module):
+class InContextBlock(Block):
     """A plain ViT block; the conditioning travels in the sequence as two extra tokens."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0):
@@ -88,11 +135,14 @@ class InContextBlock(nn.Module):
         self.mlp = Mlp(hidden_size, mlp_ratio)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        x = kernels.gate_residual(x, self.attn(self.norm1(x)), None)
-        return kernels.gate_residual(x, self.mlp(self.norm2(x)), None)
+        return self.under_policy(self._forward, x)
+
+    def _forward(self, run: Callable[..., Any], x: Tensor) -> Tensor:
+        x = kernels.gate_residual(x, self.attn(norm(x, self.norm1, run)), None)
+        return kernels.gate_residual(x, self.feed(norm(x, self.norm2, run), run), None)
 
 
-class CrossAttentionBlock(nn.Module):
+class CrossAttentionBlock(Block):
     """A ViT block with cross-attention to the conditioning tokens context (B, 2, D) after its self-attention."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0):
@@ -105,9 +155,12 @@ class CrossAttentionBlock(nn.Module):
         self.mlp = Mlp(hidden_size, mlp_ratio)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = kernels.gate_residual(x, self.attn(self.norm1(x)), None)
-        x = kernels.gate_residual(x, self.cross_attn(self.norm2(x), context), None)
-        return kernels.gate_residual(x, self.mlp(self.norm3(x)), None)
+        return self.under_policy(self._forward, x, context)
+
+    def _forward(self, run: Callable[..., Any], x: Tensor, context: Tensor) -> Tensor:
+        x = kernels.gate_residual(x, self.attn(norm(x, self.norm1, run)), None)
+        x = kernels.gate_residual(x, self.cross_attn(norm(x, self.norm2, run), context), None)
+        return kernels.gate_residual(x, self.feed(norm(x, self.norm3, run), run), None)
 
 
 class PlainFinalLayer(nn.Module):

@@ -2,11 +2,9 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ditfast import kernels
 from ditfast.layers.block import (
@@ -19,6 +17,7 @@ from ditfast.layers.block import (
 )
 from ditfast.layers.embed import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_pos_embed
 from ditfast.layers.plain import is_plain
+from ditfast.layers.recompute import Block, policy_of_block
 
 BLOCK_VARIANTS: dict[str, Callable[..., nn.Module]] = {
     "adaln_zero": partial(DiTBlock, gated=True),
@@ -26,7 +25,6 @@ BLOCK_VARIANTS: dict[str, Callable[..., nn.Module]] = {
     "cross_attention": CrossAttentionBlock,
     "in_context": InContextBlock,
 }
-RECOMPUTE = ("none", "block")
 
 
 class DiT(nn.Module):
@@ -43,7 +41,7 @@ class DiT(nn.Module):
 
     Attributes that a trainer may set:
         stream_dtype: of the residual stream; None keeps what the embedding gives (fp32 under autocast, officially).
-        recompute: "none", or "block" to recompute every block's inside in backward.
+        recompute: what backward computes again: "none", "ops", "mlp", "block", or "block:k" (see recompute.py).
 
     Raises ValueError for sizes that do not divide, unknown blocks, inputs of another shape, and labels out of range
     (on a CPU; on a GPU that is the embedding's device assertion, so that nothing waits).
@@ -97,8 +95,11 @@ class DiT(nn.Module):
 
     @recompute.setter
     def recompute(self, policy: str) -> None:
-        if policy not in RECOMPUTE:
-            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {policy!r}")
+        for index, block in enumerate(self.blocks):
+            of_block = policy_of_block(policy, index)
+            for module in block.modules():
+                if isinstance(module, Block):
+                    module.recompute = of_block
         self._recompute = policy
 
     def initialize_weights(self) -> None:
@@ -130,13 +131,58 @@ class DiT(nn.Module):
         """
         if t.shape != x.shape[:1] or y.shape != x.shape[:1]:
             raise ValueError(f"t and y must be (B,) = ({x.shape[0]},), got {tuple(t.shape)} and {tuple(y.shape)}")
-        stream = self.x_embedder(x, self.pos_embed)
-        if self.stream_dtype is not None:
-            stream = stream.to(self.stream_dtype)
+        stream = self._embed(x)
         t_emb = self.t_embedder(t)
         y_emb = self.y_embedder(y, self.training, force_drop_ids)
         tokens = self._run_adaptive if self.adaptive else self._run_tokens
         return self.unpatchify(tokens(stream, t_emb, y_emb))
+
+    def modulations(self, t: Tensor, y: Tensor) -> Tensor:
+        """What `forward` makes of t (R,) and y (R,) alone: the modulation of every block and of the final layer.
+
+        Side by side, (R, modulation_width), for `forward_modulated`; no label is dropped. ValueError with the reason
+        where `modulation_obstacle` knows one.
+        """
+        if obstacle := self.modulation_obstacle():
+            raise ValueError(f"modulation cannot be computed ahead: {obstacle}; call the model itself")
+        c = self.t_embedder(t) + self.y_embedder(y, train=False)
+        return torch.cat([layer.adaLN_modulation(c) for layer in (*self.blocks, self.final_layer)], dim=1)
+
+    def forward_modulated(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """`forward` of noisy x (B, C, H, W) with rows (B, modulation_width) of what `modulations` returned."""
+        if modulation.shape != (len(x), self.modulation_width):
+            expected = (len(x), self.modulation_width)
+            raise ValueError(f"modulation must be (B, modulation_width) = {expected}, got {tuple(modulation.shape)}")
+        *rows, last = modulation.split(self._modulation_widths, dim=1)
+        pending = (self._embed(x), None, None)
+        for block, row in zip(self.blocks, rows, strict=True):
+            pending = block.forward_pending(pending, row)
+        return self.unpatchify(self.final_layer.forward_pending(pending, last))
+
+    @property
+    def modulation_width(self) -> int:
+        """Numbers that modulate one sample: 6D (without gates 4D) for every block and 2D for the final layer."""
+        return sum(self._modulation_widths)
+
+    @property
+    def _modulation_widths(self) -> list[int]:
+        width = self.pos_embed.shape[-1]
+        return [(6 if self.block == "adaln_zero" else 4) * width] * len(self.blocks) + [2 * width]
+
+    def modulation_obstacle(self) -> str | None:
+        """Why modulation cannot be computed ahead of the blocks, or None.
+
+        Blocks with hooks or in wrappers expect to be called as officially, and hooks of the embedders and of the
+        modulation itself to be called in every step.
+        """
+        if not self.adaptive:
+            return f"blocks of kind {self.block!r} have no adaptive norms"
+        kinds = {"": DiT, "final_layer": FinalLayer} | {f"blocks.{i}": DiTBlock for i in range(len(self.blocks))}
+        for name, module in self.named_modules():
+            head = name.startswith(("t_embedder", "y_embedder")) or "adaLN_modulation" in name
+            if (name in kinds or head) and not is_plain(module, kinds.get(name, type(module))):
+                return f"{name or 'the model'} has hooks, is compiled, or is another class or wrapper"
+        return None
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, channels: int | None = 3) -> Tensor:
         """Classifier-free guidance on a doubled batch: y holds n labels then n null labels, and only x[:n] is read.
@@ -158,15 +204,20 @@ class DiT(nn.Module):
         """(B, T, p * p * out_channels) -> (B, out_channels, H, W)."""
         return kernels.unpatchify(tokens, self.patch_size, self.x_embedder.grid_size)
 
+    def _embed(self, x: Tensor) -> Tensor:
+        """The residual stream at its start."""
+        stream = self.x_embedder(x, self.pos_embed)
+        return stream if self.stream_dtype is None else stream.to(self.stream_dtype)
+
     def _run_adaptive(self, x: Tensor, t_emb: Tensor, y_emb: Tensor) -> Tensor:
         c = t_emb + y_emb
         pending = (x, None, None)
         for block in self.blocks:
             if is_plain(block, DiTBlock):
-                pending = self._maybe_recompute(block.forward_pending, pending, block.adaLN_modulation(c))
+                pending = block.forward_pending(pending, block.adaLN_modulation(c))
             else:
                 # Hooks and wrappers expect the official (x, c) -> x, so the residual is settled at this boundary.
-                pending = (self._maybe_recompute(block, settle(*pending), c), None, None)
+                pending = (block(settle(*pending), c), None, None)
         if is_plain(self.final_layer, FinalLayer):
             return self.final_layer.forward_pending(pending, self.final_layer.adaLN_modulation(c))
         return self.final_layer(settle(*pending), c)
@@ -177,13 +228,8 @@ class DiT(nn.Module):
         if in_context:
             x = torch.cat([x, context], dim=1)
         for block in self.blocks:
-            x = self._maybe_recompute(block, x, context)
+            x = block(x, context)
         return self.final_layer(x[:, : -context.shape[1]] if in_context else x)
-
-    def _maybe_recompute(self, function: Any, *args: Any) -> Any:
-        if self.recompute == "block" and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-        return function(*args)
 
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, D, heads

@@ -8,6 +8,7 @@ from torch import nn
 
 import ditfast
 from ditfast.acceleration.swap import Swapped
+from ditfast.kernels import _triton
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[dev]'")
 
@@ -54,7 +55,7 @@ def test_the_sinusoid_divides_by_127(diffusers_dit):
     assert sinusoid(t).dtype == torch.float32
 
 
-def pipeline(model, output_channels=4):
+def pipeline(model):
     """DiTPipeline around the model, with a tiny VAE."""
     torch.manual_seed(1)
     vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, layers_per_block=1)
@@ -63,6 +64,7 @@ def pipeline(model, output_channels=4):
     return pipe
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("scheduler", ("DDIMScheduler", "DPMSolverMultistepScheduler"))
 def test_sampling_through_its_pipeline(diffusers_dit, scheduler):
     model = diffusers_dit(num_embeds_ada_norm=1000).model
@@ -115,6 +117,27 @@ def test_half_precision_weights(diffusers_dit):
     assert subject.run().dtype == torch.bfloat16
     truth = subject.run(copy.deepcopy(subject.model).float())
     assert (subject.run() - truth).norm() < 1.1 * (expected - truth).norm()
+
+
+def test_kernels_at_the_tokens_and_heads_of_xl(diffusers_dit):
+    """What a GPU would launch, forward and backward, seen on meta: head_dim 72, 256 tokens, bfloat16."""
+    model = diffusers_dit(num_layers=1, num_attention_heads=2, attention_head_dim=72, sample_size=32).model
+    model.to("meta", torch.bfloat16)
+    ops = ("adaln_modulate", "attention", "gate_residual_adaln_modulate", "gate_residual")
+    ditfast.accelerate(model, backend=dict.fromkeys(ops, "triton"))
+    x, t = (
+        torch.empty(2, 4, 32, 32, dtype=torch.bfloat16, device="meta"),
+        torch.zeros(2, dtype=torch.long, device="meta"),
+    )
+    with _triton.recording() as launches:
+        out = model(x, timestep=t, class_labels=t).sample
+        forward = len(launches)
+        out.sum().backward()
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names[:forward] == [f"_{op}_fwd_kernel" for op in ops]
+    assert out.dtype == torch.bfloat16
+    for op in ops:
+        assert any(name.startswith(f"_{op}") and "_bwd" in name for name in names[forward:]), op
 
 
 def test_saving_and_loading(diffusers_dit, tmp_path):

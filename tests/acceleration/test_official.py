@@ -214,6 +214,31 @@ def test_conditioning_that_broadcasts(official):
     torch.testing.assert_close(block(x, c), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("part", ("attn", "mlp"))
+def test_a_branch_widens_the_stream(official, part):
+    """A bfloat16 stream plus a float32 branch is float32."""
+
+    class Wide(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            out = self.inner(x)
+            return out.float() if out.dtype == torch.bfloat16 else out
+
+    subject = official()
+    block, x, c = subject.block(), torch.randn(2, 5, 80, dtype=torch.bfloat16), torch.randn(2, 80)
+    setattr(block, part, Wide(getattr(block, part)))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = block(x, c)
+        report = ditfast.accelerate(subject.model)
+        fused = block(x, c)
+    assert report.left == {}
+    assert fused.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(fused, expected, rtol=0.05, atol=0.05)
+
+
 def test_a_forward_replaced_on_the_module_is_kept(official):
     subject = official()
     forward = subject.model.blocks[0].forward

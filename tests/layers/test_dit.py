@@ -1,7 +1,5 @@
 """The engine's DiT equals the oracle and the official goldens; its sizes, options and errors."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -312,14 +310,13 @@ def test_in_context_tokens_are_the_embeddings_and_leave_again():
     assert seen[1].shape == (5, 16, 48)
 
 
-@pytest.mark.parametrize("recompute", ["none", "block"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-fast"])
-def test_triton_kernels_in_the_whole_model(precision, recompute, monkeypatch):
+def test_triton_kernels_in_the_whole_model(precision, monkeypatch):
     """Every op that has kernels runs on them, forward and backward, as near to float64 as PyTorch's own ops."""
+    heads = {"hidden_size": 64, "num_heads": 2, "depth": 2}  # the attention kernels take head_dim from 32 on
     outcomes, choose = {}, Op.choose
     for backend in ("reference", "triton"):
-        model = PRECISIONS[precision].apply(randomized())
-        model.recompute = recompute
+        model = PRECISIONS[precision].apply(randomized(**heads))
         if backend == "triton":
             monkeypatch.setattr(
                 Op, "choose", lambda op, asked, *rest: "triton" if op.kernels else choose(op, asked, *rest)
@@ -328,12 +325,13 @@ def test_triton_kernels_in_the_whole_model(precision, recompute, monkeypatch):
             out = model(*batch(model))
         out.float().square().sum().backward()
         outcomes[backend] = torch.cat([out.flatten().float(), model.blocks[0].attn.qkv.weight.grad.flatten().float()])
-    model = randomized().double()
+    monkeypatch.undo()
+    model = randomized(**heads).double()
     out = model(*batch(model))
     out.square().sum().backward()
     exact = torch.cat([out.flatten(), model.blocks[0].attn.qkv.weight.grad.flatten()])
     errors = {backend: (value - exact).norm() for backend, value in outcomes.items()}
-    assert errors["triton"] <= 1.2 * errors["reference"] + 1e-6 * exact.norm()
+    assert errors["triton"] <= 1.2 * errors["reference"] + ROUNDING * exact.norm()
 
 
 @pytest.mark.parametrize("block", BLOCK_VARIANTS)
@@ -376,18 +374,6 @@ def test_without_dropout_there_is_no_null_class():
         model(x, t, y, torch.ones(5))
 
 
-@pytest.mark.parametrize("block", BLOCK_VARIANTS)
-def test_block_recompute_gives_the_same_gradients(block):
-    model = randomized(block=block)
-    again = copy.deepcopy(model)
-    again.recompute = "block"
-    inputs = batch(model)
-    for m in (model, again):
-        m(*inputs).square().sum().backward()
-    for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
-        assert p.grad is None or torch.equal(p.grad, q.grad), name
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_keeps_the_official_dtypes(dtype, pair, golden):
     """fp32 stream, low-precision matrix products; as close to float64 as the oracle under the same autocast."""
@@ -413,11 +399,9 @@ def test_low_precision_parameters_and_stream():
     assert (out.float() - full).norm() < 0.05 * full.norm()
 
 
-@pytest.mark.parametrize("recompute", ["none", "block"])
-def test_compiles_without_graph_breaks(recompute):
+def test_compiles_without_graph_breaks():
     torch._dynamo.reset()
     model = randomized()
-    model.recompute = recompute
     x, t, y = batch(model)
     expected = model(x, t, y)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -454,9 +438,66 @@ def test_wrong_inputs():
         model(x, t[:4], y)
     with pytest.raises(ValueError, match=r"labels must be \(B,\) integers, got torch.float32"):
         model(x, t, y.float())
-    with pytest.raises(ValueError, match="recompute must be one of none, block, got 'blocks'"):
-        model.recompute = "blocks"
     with pytest.raises(ValueError, match="guided channels must be at least 1"):
         model.forward_with_cfg(x, t, y, 2.0, channels=0)
     with pytest.raises(ValueError, match=r"labels must be in 0..7 .* got \[8\]"):
         model(x, t, torch.tensor([0, 1, 8, 2, 3]))
+
+
+@pytest.mark.parametrize("block", ["adaln_zero", "adaln"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-fast"])
+def test_forward_from_its_modulation_is_forward_to_the_bit(block, precision):
+    policy = PRECISIONS[precision]
+    model = policy.apply(randomized(block=block))
+    x, t, y = batch(model)
+    with torch.no_grad(), policy.autocast("cpu"):
+        modulation = model.modulations(t, y)
+        assert modulation.shape == (5, model.modulation_width)
+        assert modulation.dtype is policy.compute
+        assert torch.equal(model.forward_modulated(x, modulation), model(x, t, y))
+
+
+def test_modulation_drops_no_label():
+    model = randomized(class_dropout_prob=0.9).train()
+    _, t, y = batch(model)
+    assert torch.equal(model.modulations(t, y), model.eval().modulations(t, y))
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda m: m.register_forward_hook(lambda *args: None), "the model has hooks"),
+        (lambda m: m.blocks[1].register_forward_pre_hook(lambda *args: None), "blocks.1 has hooks"),
+        (lambda m: m.t_embedder.mlp[0].register_forward_hook(lambda *args: None), "t_embedder.mlp.0 has hooks"),
+        (lambda m: m.blocks[2].adaLN_modulation[1].compile(), "blocks.2.adaLN_modulation.1 has hooks"),
+        (lambda m: m.blocks.__setitem__(0, Wrapped(m.blocks[0])), "blocks.0 has hooks"),
+        (lambda m: setattr(m, "final_layer", Wrapped(m.final_layer)), "final_layer has hooks"),
+    ],
+)
+def test_modulation_is_refused_where_modules_must_be_called(change, named):
+    model = randomized()
+    assert model.modulation_obstacle() is None
+    change(model)
+    with pytest.raises(ValueError, match=f"cannot be computed ahead: {named}.*call the model itself"):
+        model.modulations(*batch(model)[1:])
+
+
+class Wrapped(nn.Module):
+    """Any wrapper around a layer."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+
+@pytest.mark.parametrize("block", ["cross_attention", "in_context"])
+def test_blocks_without_adaptive_norms_have_no_modulation(block):
+    model = randomized(block=block)
+    with pytest.raises(ValueError, match=f"blocks of kind '{block}' have no adaptive norms"):
+        model.modulations(*batch(model)[1:])
+
+
+def test_modulation_of_another_width_is_refused():
+    model = randomized()
+    with pytest.raises(ValueError, match=r"modulation must be .* = \(5, 960\), got \(5, 48\)"):
+        model.forward_modulated(batch(model)[0], torch.zeros(5, 48))

@@ -1,0 +1,126 @@
+"""Recompute policies: what a block keeps between its forward and its backward, and what it computes again.
+
+none      what its ops save by themselves
+ops       without norms, modulation, gates and GELU, which cost bandwidth alone: x, qkv, attention, proj, fc1, fc2
+mlp       without fc1's product as well: x, qkv, attention, proj, fc2
+block     x alone
+block:k   `block` for every k-th block, `ops` for the others
+
+Gradients are the same bits under every policy, with one exception: over Triton kernels `block` ends a block in an op of
+its own, where the others share one with the next block, and sums round once more. memory.py has the bytes.
+
+Eagerly, `ops` and `mlp` replay single ops (replay.py). Nothing else is called twice, so hooks, LoRA, dropout and
+wrapped modules inside a block work, and what they save is kept. Selective checkpointing keeps the same bytes, but it
+interprets every PyTorch op in Python, in both directions: on a CPU 6 to 7 % of a step of DiT-S/2, where replay costs 0
+to 2 %. torch.compile cannot trace replay's hooks; it gets selective checkpointing, which costs nothing there.
+"""
+
+import itertools
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ditfast import kernels
+from ditfast.kernels._op import Kernels
+from ditfast.layers.attention import Attention, CrossAttention
+from ditfast.layers.mlp import Mlp
+from ditfast.layers.plain import is_plain
+from ditfast.layers.replay import Replays, call
+
+RECOMPUTE_POLICIES = ("none", "ops", "mlp", "block")
+_PLAIN = (Attention, CrossAttention, Mlp, nn.Linear, nn.LayerNorm, nn.Sequential, nn.SiLU)
+_GEMMS = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+
+
+def policy_of_block(policy: str, index: int) -> str:
+    """Which of RECOMPUTE_POLICIES a model's `policy`, one of these or "block:k", means for its block `index`, from 0.
+
+    ValueError for any other policy.
+    """
+    name, colon, every = policy.partition(":")
+    if colon and name == "block" and every.isdecimal() and int(every) > 0:
+        return "block" if (index + 1) % int(every) == 0 else "ops"
+    if policy not in RECOMPUTE_POLICIES:
+        expected = ", ".join(RECOMPUTE_POLICIES)
+        raise ValueError(f"recompute must be one of {expected}, or block:k for every k-th block, got {policy!r}")
+    return policy
+
+
+class Block(nn.Module):
+    """What all blocks share: a recompute policy, one of RECOMPUTE_POLICIES."""
+
+    mlp: nn.Module
+    _recompute = "none"
+
+    @property
+    def recompute(self) -> str:
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, policy: str) -> None:
+        if policy not in RECOMPUTE_POLICIES:
+            raise ValueError(f"recompute of a block must be one of {', '.join(RECOMPUTE_POLICIES)}, got {policy!r}")
+        self._recompute = policy
+        for module in self.modules():
+            if isinstance(module, Mlp):
+                module.recompute = policy == "mlp"
+
+    @property
+    def recompute_now(self) -> str:
+        """The policy in force: without gradients nothing is kept anyway."""
+        return self._recompute if torch.is_grad_enabled() else "none"
+
+    def under_policy(self, body: Callable[..., Any], *args: Any) -> Any:
+        """body(call, *args), of which as much is kept for the backward as the policy in force says.
+
+        `body` runs what is cheap to redo as `call(fn, *inputs, drop=...)`, see `Replays.call`.
+        """
+        policy = self.recompute_now
+        if policy == "none":
+            return body(call, *args)
+        if policy == "block" or torch.compiler.is_compiling():
+            context = {} if policy == "block" else {"context_fn": partial(_selective, self._dropped_gemm())}
+            # Plain blocks draw no random numbers, and a CUDA graph cannot hold what saves the generator's state.
+            draws = not all(is_plain(module, *_PLAIN, type(self)) for module in self.modules())
+            return checkpoint(partial(body, call), *args, use_reentrant=False, preserve_rng_state=draws, **context)
+        with (replays := Replays()):
+            return body(replays.call, *args)
+
+    def feed(self, y: Any, run: Callable[..., Any]) -> Any:
+        """The MLP of y; one with hooks, or another module in its place, is called as it is."""
+        return self.mlp.forward(y, run) if is_plain(self.mlp, Mlp) else self.mlp(y)
+
+    def _dropped_gemm(self) -> int | None:
+        """Which matrix product of the block's forward, counted from 0, `mlp` computes again: fc1's."""
+        linears = [n for n, m in self.named_modules() if isinstance(m, nn.Linear) and "adaLN_modulation" not in n]
+        return linears.index("mlp.fc1") if self._recompute == "mlp" and "mlp.fc1" in linears else None
+
+
+@cache
+def _redone() -> frozenset[Any]:
+    """The raw ops all of whose results a policy may drop."""
+    return frozenset(
+        getattr(torch.ops.ditfast, f"{spec.name}_fwd").default
+        for spec in kernels.OPS
+        if isinstance(spec.op.kernels, Kernels) and set(spec.op.kernels.outputs) <= set(spec.recompute or ())
+    )
+
+
+def _selective(dropped_gemm: int | None) -> Any:
+    """Contexts of a selective checkpoint: matrix products but one, attention, and foreign ops are kept."""
+    gemms = itertools.count()
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op in _GEMMS:
+            kept = next(gemms) != dropped_gemm
+        elif op.namespace == "aten":
+            kept = "scaled_dot_product" in op._schema.name
+        else:
+            kept = op not in _redone()
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
