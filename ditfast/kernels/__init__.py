@@ -25,6 +25,8 @@ from .gelu_mlp import SPEC as _GELU_MLP
 from .gelu_mlp import gelu_mlp
 from .patchify import SPEC as _PATCHIFY
 from .patchify import patchify
+from .qk_norm_rope import SPEC as _QK_NORM_ROPE
+from .qk_norm_rope import qk_norm_rope
 from .spec import OpSpec
 from .swiglu_backward import SPEC as _SWIGLU_BACKWARD
 from .swiglu_backward import swiglu_backward
@@ -41,6 +43,7 @@ OPS: tuple[OpSpec, ...] = (
     _GATE_RESIDUAL_ADALN_MODULATE,
     _ATTENTION,
     _ATTENTION_QKVPACKED,
+    _QK_NORM_ROPE,
     _GELU_MLP,
     _GELU_BACKWARD,
     _SWIGLU_MLP,
@@ -78,6 +81,7 @@ __all__ = [
     "gelu_backward",
     "gelu_mlp",
     "patchify",
+    "qk_norm_rope",
     "swiglu_backward",
     "swiglu_mlp",
     "timestep_embedding",

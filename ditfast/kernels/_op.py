@@ -42,6 +42,7 @@ class Kernels:
     inputs, attrs   schema of the tensors and of the other arguments: "Tensor x, Tensor? gate", "float eps"
     outputs, saved  names of the forward's results; the saved ones are for the backward only
     reads           the outputs that the backward reads
+    constants       the inputs that have no gradient
     stand_ins       {"x": "x_new"}: the backward gets that output, of equal shape and dtype, and input x is not kept
     through         {"x": "x_new"}: the gradient of x is that of this output, and the backward has no part in it
     unread_without  {"branch": "gate"}: where gate is None the backward reads but the shape and dtype of branch, and
@@ -63,6 +64,7 @@ class Kernels:
     through: Mapping[str, str] = field(default_factory=dict)
     unread_without: Mapping[str, str] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -179,9 +181,9 @@ def _register(name: str, kernels: Kernels) -> Callable[..., Any]:
         # A raw op cannot return None, so an absent input has an empty gradient.
         return tuple(
             torch.empty(0, device=args[0].device)
-            if like is None
+            if like is None or input in kernels.constants
             else torch.empty(like.shape, dtype=like.dtype, device=like.device)
-            for like in args[n_out : n_out + len(kept)]
+            for input, like in zip(kept, args[n_out:], strict=False)
         )
 
     def bwd_fake(*args: Any) -> tuple[torch.Tensor, ...]:
@@ -232,7 +234,8 @@ def _differentiable(
             saved = ctx.saved_tensors
             raw = _tuple(raw_bwd(*douts, *saved, *ctx.attrs))
             given = zip(kept, saved, raw, strict=False)
-            grads = {input: None if like is None else grad for input, like, grad in given}
+            ungraded = kernels.constants
+            grads = {input: None if like is None or input in ungraded else grad for input, like, grad in given}
             grads |= {input: douts[outputs.index(output)] for input, output in kernels.through.items()}
             return *(grads[input] for input in inputs), *(None for _ in ctx.attrs)
 

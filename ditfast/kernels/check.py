@@ -72,7 +72,7 @@ class Row:
 def launches(spec: OpSpec, case: Case, dtype: torch.dtype, arch: str = "sm_90") -> list[_triton.Launch]:
     """The launches of one forward and backward, recorded on meta tensors."""
     inputs = spec.make_inputs(case, dtype, "meta")
-    leaves = [v.requires_grad_() for v in inputs.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    leaves = spec.require_grad(inputs)
     with _triton.recording(int(arch.removeprefix("sm_"))) as recorded:
         outputs = spec.call(inputs, "triton")
         if leaves and not spec.mutates:

@@ -42,7 +42,9 @@ def run(spec: OpSpec, inputs: Mapping[str, Any], backend: str, douts: list[torch
     """Outputs ("out0", ...) and, given their gradients, those of the floating-point inputs ("d<name>")."""
     leaves = {k: v.detach() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
     graded = douts is not None and not spec.mutates
-    wanted = {k: v.requires_grad_() for k, v in leaves.items() if graded and v.is_floating_point()}
+    if graded:
+        spec.require_grad(leaves)
+    wanted = {k: v for k, v in leaves.items() if v.requires_grad}
     outputs = spec.call({**inputs, **leaves}, backend)
     results = {f"out{i}": out.detach() for i, out in enumerate(outputs)}
     if wanted:

@@ -9,7 +9,7 @@ MARKERS = ("<!-- python -m ditfast.kernels table -->", "<!-- end of the table --
 
 
 def op_table(specs: Sequence[OpSpec]) -> str:
-    """A markdown table: each op, what it computes, its backends; "auto" goes by their order, or by the op's own rule."""
+    """A markdown table: each op, what it computes, its backends; "auto" goes by their order or by the op's own rule."""
     rows = [(f"`{spec.name}`", summary(spec), ", ".join(spec.op.backends)) for spec in specs]
     return "\n".join(f"| {' | '.join(row)} |" for row in [("op", "computes", "backends"), ("---",) * 3, *rows])
 

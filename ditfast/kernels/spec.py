@@ -54,6 +54,7 @@ class OpSpec:
     inputs      makes the inputs, in place of `dims`: of (case, dtype, device, generator)
     traffic     what the traffic count runs, where the benches with two samples are not representative or too large
     limits      those of traffic.LIMITS that an op is above by design, with a reason
+    constants   the inputs of floats that have no gradient
     slack       by how much the RMS error of a tensor may exceed the parity budget, where the method rounds once more
     """
 
@@ -76,6 +77,7 @@ class OpSpec:
     traffic: tuple[Case, ...] | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
     slack: Mapping[str, float] = field(default_factory=dict)
+    constants: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -116,6 +118,11 @@ class OpSpec:
             inputs[name] = None if name in case.absent else values[view]
         return inputs | dict(case.kwargs)
 
+    def require_grad(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Have all tensors of floats require gradients, but for constants; returns them."""
+        tensors = (v for k, v in inputs.items() if isinstance(v, torch.Tensor) and k not in self.constants)
+        return [v.requires_grad_() for v in tensors if v.is_floating_point()]
+
     def call(self, inputs: Mapping[str, Any], backend: str) -> tuple[torch.Tensor, ...]:
         """The outputs of fn, or of an op that works in place, copies of what it writes: `inputs` stay as they are.
 
@@ -139,7 +146,7 @@ class OpSpec:
             return {"fwd": sum(v.nbytes for v in (*read, *written) if isinstance(v, torch.Tensor))}
         meta = {k: v.detach().to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
         tensors = {k: v for k, v in meta.items() if isinstance(v, torch.Tensor)}
-        leaves = [v.requires_grad_() for v in tensors.values() if v.is_floating_point()]
+        leaves = self.require_grad(tensors)
         with _RawArguments(f"{self.name}_bwd") as raw:
             outputs = self.fn(**meta, backend="triton" if self.op.kernels else "reference")
             outputs = _tuple(outputs)

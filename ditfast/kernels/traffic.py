@@ -138,8 +138,7 @@ def traffic(specs: Sequence[OpSpec], dtype: torch.dtype = torch.bfloat16) -> Ite
 def _count(spec: OpSpec, case: Case, dtype: torch.dtype) -> Iterator[Row]:
     inputs = spec.make_inputs(case, dtype, generator=torch.Generator().manual_seed(0))
     bytes_min = spec.bytes_min(inputs)
-    tensors = [] if spec.mutates else [v for v in inputs.values() if isinstance(v, torch.Tensor)]
-    leaves = [v.requires_grad_() for v in tensors if v.is_floating_point()]
+    leaves = [] if spec.mutates else spec.require_grad(inputs)
     stages: dict[str, list[Launched]] = {}
     with counting() as stages["fwd"]:
         outputs = spec.call(inputs, "triton")

@@ -69,6 +69,25 @@ BUGS = {
         ("update", "EMA of the old weight", "(w - ema)", "(w + step_size * m / (tl.sqrt(v) / root + eps) - ema)"),
         ("update", "unwritten tail", "weight_at, w, mask=live", "weight_at, w, mask=at < numel - 1"),
     ),
+    "qk_norm_rope": (
+        ("fwd", "sign of the sine", "a * cos - b * sin", "a * cos + b * sin", "odd"),
+        ("fwd", "k with q's weight", "_load_parameter(k_weight_ptr", "_load_parameter(q_weight_ptr", "odd"),
+        ("fwd", "k without its bias", "_load_parameter(k_bias_ptr", "_load_parameter(None", "odd"),
+        ("fwd", "angles of token 0", "token64[:, None] * stride_cos", "0 * token64[:, None]", "odd"),
+        ("fwd", "sample 0 for all", "sample * stride_xb", "0 * stride_xb", "odd"),
+        ("fwd", "the other kind of pairs", "_load_pairs(x_row, live, HALF, PAIRS, INTERLEAVED)",
+         "_load_pairs(x_row, live, HALF, PAIRS, not INTERLEAVED)", "odd", "rope_only"),
+        ("fwd", "v normed too", "if section < 2:", "if section < 3:", "odd"),
+        ("fwd", "unwritten last token", "live = token < T", "live = token < T - 1", "odd"),
+        ("bwd", "rotated forwards", "da * cos + db * sin, db * cos - da * sin",
+         "da * cos - db * sin, da * sin + db * cos", "odd"),
+        ("bwd", "forgotten mean of g", "(da - g - a * gn)", "(da - a * gn)", "odd"),
+        ("bwd", "forgotten mean of g n", "(db - g - b * gn)", "(db - g)", "mixed"),
+        ("bwd", "dweight after the weight", "tl.sum(da * a, 0)", "tl.sum(da * weight_a * a, 0)", "odd"),
+        ("bwd", "sums of k over those of q", "row = section *", "row = 0 *", "odd"),
+        ("_norm", "eps forgotten", "+ eps)", ")", "strided"),
+        ("_norm", "forgotten mean", "a - mean,", "a,", "odd"),
+    ),
     "gelu_mlp": (
         ("fwd", "missing bias", "+ bias[None, :]", "+ 0.0 * bias[None, :]", "odd"),
         ("fwd", "exact GELU", "gelu(pre), mask", "pre * 0.5 * (1.0 + tl.erf(pre * 0.7071067811865476)), mask", "odd"),
@@ -142,7 +161,10 @@ BELOW_A_ROUNDING = ("exact GELU",)  # of 16 bits
 SPECS = {spec.name: spec for spec in OPS}
 SHARED = {"sum_partials": _rows, "column_sums": _rows, "gemm": _gemm}
 # Inlined into kernels, which a GPU has compiled by then.
-INLINED = {"multiply": _gemm, "tile_at": _gemm, "gelu_and_slope": _activations, "silu_and_slope": _activations}
+INLINED = {
+    **{"multiply": _gemm, "tile_at": _gemm, "gelu_and_slope": _activations, "silu_and_slope": _activations},
+    "_norm": importlib.import_module("ditfast.kernels.qk_norm_rope"),
+}
 
 
 def mutated(kernel, right: str, wrong: str, path):
@@ -174,7 +196,7 @@ def cases_of(name: str, *only: str):
             marks=[pytest.mark.full]
             if (case.name == "xl" and (which, dtype) != ("fwd", torch.bfloat16))
             or (case.name == "tiles" and dtype != torch.bfloat16)
-            or (name.endswith("_mlp") and dtype == torch.float16)
+            or (name in ("gelu_mlp", "swiglu_mlp", "qk_norm_rope") and dtype == torch.float16)
             else [],
         )
         for name, bugs in BUGS.items()
