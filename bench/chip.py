@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ditfast.doctor import LEDGER
-from ditfast.kernels import OPS, OpSpec, _activations, _gemm, _op, _rows, _triton
+from ditfast.kernels import OPS, OpSpec, _activations, _gemm, _heads, _op, _rows, _triton
 from ditfast.kernels.attention.libraries import LIBRARIES, version_of
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,10 @@ def normalised(source: str) -> str:
 
 def source_hash(spec: OpSpec) -> str:
     """sha256 over the op's files and what its kernels share: the helpers, and the registration with its autograd."""
-    files = (*spec.sources, *(Path(str(shared.__file__)) for shared in (_rows, _gemm, _activations, _triton, _op)))
+    files = (
+        *spec.sources,
+        *(Path(str(shared.__file__)) for shared in (_rows, _gemm, _activations, _heads, _triton, _op)),
+    )
     return hashlib.sha256("\n".join(normalised(file.read_text()) for file in files).encode()).hexdigest()
 
 

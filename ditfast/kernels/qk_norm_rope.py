@@ -21,10 +21,13 @@ A program owns a chunk of one sample's tokens and one of q, k, v, holds its cos 
 partial row of dweight and dbias, which _rows.py adds up.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from ._checks import check_dims, check_floating
+from ._heads import load_angles, load_pairs, load_parameter, norm_pairs, section_of, store_pairs
 from ._op import Kernels, Op
 from ._rows import empty_partials, rows_per_program, sum_partials
 from ._triton import jit, launch, rows, tl
@@ -80,55 +83,6 @@ def qk_norm_rope_ref(
 
 
 @jit
-def _load_pairs(row_ptr, live, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The pairs of each row, as two tiles in fp32."""
-    if INTERLEAVED:
-        col = tl.arange(0, 2 * PAIRS)
-        x = tl.load(row_ptr[:, None] + col[None, :], mask=live[:, None] & (col < 2 * HALF)[None, :], other=0.0)
-        return tl.split(tl.reshape(x.to(tl.float32), (x.shape[0], PAIRS, 2)))
-    else:
-        pair = tl.arange(0, PAIRS)
-        there = live[:, None] & (pair < HALF)[None, :]
-        a = tl.load(row_ptr[:, None] + pair[None, :], mask=there, other=0.0).to(tl.float32)
-        b = tl.load(row_ptr[:, None] + HALF + pair[None, :], mask=there, other=0.0).to(tl.float32)
-        return a, b
-
-
-@jit
-def _store_pairs(row_ptr, a, b, live, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
-    if INTERLEAVED:
-        col = tl.arange(0, 2 * PAIRS)
-        both = tl.reshape(tl.join(a, b), (a.shape[0], 2 * PAIRS))
-        tl.store(row_ptr[:, None] + col[None, :], both, mask=live[:, None] & (col < 2 * HALF)[None, :])
-    else:
-        pair = tl.arange(0, PAIRS)
-        there = live[:, None] & (pair < HALF)[None, :]
-        tl.store(row_ptr[:, None] + pair[None, :], a, mask=there)
-        tl.store(row_ptr[:, None] + HALF + pair[None, :], b, mask=there)
-
-
-@jit
-def _load_parameter(ptr, default: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The pairs of a (head_dim) vector as rows of one, `default` everywhere where it is None."""
-    if ptr is None:
-        return tl.full([1, PAIRS], default, tl.float32), tl.full([1, PAIRS], default, tl.float32)
-    else:
-        one = tl.arange(0, 1)
-        return _load_pairs(ptr + one, one == 0, HALF, PAIRS, INTERLEAVED)
-
-
-@jit
-def _norm(a, b, eps, HALF: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr):
-    """The normed pairs and rstd of each row."""
-    if NORM == "layer":
-        mean = ((tl.sum(a, 1) + tl.sum(b, 1)) / (2 * HALF))[:, None]
-        there = (tl.arange(0, PAIRS) < HALF)[None, :]
-        a, b = tl.where(there, a - mean, 0.0), tl.where(there, b - mean, 0.0)
-    rstd = 1.0 / tl.sqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)[:, None]
-    return a * rstd, b * rstd, rstd
-
-
-@jit
 def _qk_norm_rope_fwd_kernel(
     x_ptr,
     q_weight_ptr,
@@ -157,40 +111,34 @@ def _qk_norm_rope_fwd_kernel(
 ):
     N: tl.constexpr = HEADS + 2 * KV_HEADS
     pid = tl.program_id(0)
-    section = pid % 3
+    section, first_head, heads = section_of(pid, HEADS, KV_HEADS)
     sample = (pid // 3 // chunks).to(tl.int64)
     first = (pid // 3 % chunks) * ROWS
-    first_head = tl.where(section == 0, 0, HEADS + (section - 1) * KV_HEADS)
-    heads = tl.where(section == 0, HEADS, KV_HEADS)
-    weight_a, weight_b = _load_parameter(q_weight_ptr, 1.0, HALF, PAIRS, INTERLEAVED)
-    bias_a, bias_b = _load_parameter(q_bias_ptr, 0.0, HALF, PAIRS, INTERLEAVED)
+    weight_a, weight_b = load_parameter(q_weight_ptr, 1.0, HALF, PAIRS, INTERLEAVED)
+    bias_a, bias_b = load_parameter(q_bias_ptr, 0.0, HALF, PAIRS, INTERLEAVED)
     if section == 1:
-        weight_a, weight_b = _load_parameter(k_weight_ptr, 1.0, HALF, PAIRS, INTERLEAVED)
-        bias_a, bias_b = _load_parameter(k_bias_ptr, 0.0, HALF, PAIRS, INTERLEAVED)
-    pair = tl.arange(0, PAIRS)
+        weight_a, weight_b = load_parameter(k_weight_ptr, 1.0, HALF, PAIRS, INTERLEAVED)
+        bias_a, bias_b = load_parameter(k_bias_ptr, 0.0, HALF, PAIRS, INTERLEAVED)
 
     for t in range(first, tl.minimum(first + ROWS, T), BLOCK_T):
         token = t + tl.arange(0, BLOCK_T)
         token64 = token.to(tl.int64)
         live = token < T
         if cos_ptr is not None:
-            # v is not rotated, and its angles are not read.
-            turned = (token < tl.where(section < 2, T, 0))[:, None] & (pair < HALF)[None, :]
-            cos = tl.load(cos_ptr + token64[:, None] * stride_cos + pair[None, :], mask=turned, other=0.0)
-            sin = tl.load(sin_ptr + token64[:, None] * stride_sin + pair[None, :], mask=turned, other=0.0)
-            cos, sin = cos.to(tl.float32), sin.to(tl.float32)
+            cos = load_angles(cos_ptr, token, stride_cos, section, T, HALF, PAIRS)
+            sin = load_angles(sin_ptr, token, stride_sin, section, T, HALF, PAIRS)
         for h in range(0, heads):
             head = first_head + h
             x_row = x_ptr + sample * stride_xb + token64 * stride_xt + head * stride_xh
             out_row = out_ptr + ((sample * T + token64) * N + head) * (2 * HALF)
-            a, b = _load_pairs(x_row, live, HALF, PAIRS, INTERLEAVED)
+            a, b = load_pairs(x_row, live, HALF, PAIRS, INTERLEAVED)
             if section < 2:
                 if NORM != "none":
-                    a, b, _ = _norm(a, b, eps, HALF, PAIRS, NORM)
+                    a, b, _ = norm_pairs(a, b, eps, HALF, PAIRS, NORM)
                     a, b = a * weight_a + bias_a, b * weight_b + bias_b
                 if cos_ptr is not None:
                     a, b = a * cos - b * sin, a * sin + b * cos
-            _store_pairs(out_row, a, b, live, HALF, PAIRS, INTERLEAVED)
+            store_pairs(out_row, a, b, live, HALF, PAIRS, INTERLEAVED)
 
 
 @jit
@@ -225,42 +173,37 @@ def _qk_norm_rope_bwd_kernel(
 ):
     N: tl.constexpr = HEADS + 2 * KV_HEADS
     pid = tl.program_id(0)
-    section = pid % 3
+    section, first_head, heads = section_of(pid, HEADS, KV_HEADS)
     chunk = (pid // 3).to(tl.int64)
     sample = chunk // chunks
     first = (pid // 3 % chunks) * ROWS
-    first_head = tl.where(section == 0, 0, HEADS + (section - 1) * KV_HEADS)
-    heads = tl.where(section == 0, HEADS, KV_HEADS)
-    weight_a, weight_b = _load_parameter(q_weight_ptr, 1.0, HALF, PAIRS, INTERLEAVED)
+    weight_a, weight_b = load_parameter(q_weight_ptr, 1.0, HALF, PAIRS, INTERLEAVED)
     if section == 1:
-        weight_a, weight_b = _load_parameter(k_weight_ptr, 1.0, HALF, PAIRS, INTERLEAVED)
+        weight_a, weight_b = load_parameter(k_weight_ptr, 1.0, HALF, PAIRS, INTERLEAVED)
     dweight_a = tl.zeros([1, PAIRS], tl.float32)
     dweight_b = tl.zeros([1, PAIRS], tl.float32)
     dbias_a = tl.zeros([1, PAIRS], tl.float32)
     dbias_b = tl.zeros([1, PAIRS], tl.float32)
-    pair = tl.arange(0, PAIRS)
 
     for t in range(first, tl.minimum(first + ROWS, T), BLOCK_T):
         token = t + tl.arange(0, BLOCK_T)
         token64 = token.to(tl.int64)
         live = token < T
         if cos_ptr is not None:
-            turned = (token < tl.where(section < 2, T, 0))[:, None] & (pair < HALF)[None, :]
-            cos = tl.load(cos_ptr + token64[:, None] * stride_cos + pair[None, :], mask=turned, other=0.0)
-            sin = tl.load(sin_ptr + token64[:, None] * stride_sin + pair[None, :], mask=turned, other=0.0)
-            cos, sin = cos.to(tl.float32), sin.to(tl.float32)
+            cos = load_angles(cos_ptr, token, stride_cos, section, T, HALF, PAIRS)
+            sin = load_angles(sin_ptr, token, stride_sin, section, T, HALF, PAIRS)
         for h in range(0, heads):
             head = first_head + h
             dout_row = dout_ptr + sample * stride_dout_b + token64 * stride_dout_t + head * stride_dout_h
             dx_row = dx_ptr + ((sample * T + token64) * N + head) * (2 * HALF)
-            da, db = _load_pairs(dout_row, live, HALF, PAIRS, INTERLEAVED)
+            da, db = load_pairs(dout_row, live, HALF, PAIRS, INTERLEAVED)
             if section < 2:
                 if cos_ptr is not None:
                     da, db = da * cos + db * sin, db * cos - da * sin
                 if NORM != "none":
                     x_row = x_ptr + sample * stride_xb + token64 * stride_xt + head * stride_xh
-                    a, b = _load_pairs(x_row, live, HALF, PAIRS, INTERLEAVED)
-                    a, b, rstd = _norm(a, b, eps, HALF, PAIRS, NORM)
+                    a, b = load_pairs(x_row, live, HALF, PAIRS, INTERLEAVED)
+                    a, b, rstd = norm_pairs(a, b, eps, HALF, PAIRS, NORM)
                     dweight_a += tl.sum(da * a, 0)[None, :]
                     dweight_b += tl.sum(db * b, 0)[None, :]
                     dbias_a += tl.sum(da, 0)[None, :]
@@ -271,18 +214,18 @@ def _qk_norm_rope_bwd_kernel(
                     if NORM == "layer":
                         g = ((tl.sum(da, 1) + tl.sum(db, 1)) / (2 * HALF))[:, None]
                     da, db = (da - g - a * gn) * rstd, (db - g - b * gn) * rstd
-            _store_pairs(dx_row, da, db, live, HALF, PAIRS, INTERLEAVED)
+            store_pairs(dx_row, da, db, live, HALF, PAIRS, INTERLEAVED)
 
     if partial_ptr is not None:
         # (2, chunks of all samples, 2, head_dim): q's rows before k's, none of v's.
         row = section * (tl.num_programs(0) // 3) + chunk
         one = tl.arange(0, 1)
         at = partial_ptr + row * (4 * HALF) + one
-        _store_pairs(at, dweight_a, dweight_b, one < 2 - section, HALF, PAIRS, INTERLEAVED)
-        _store_pairs(at + 2 * HALF, dbias_a, dbias_b, one < 2 - section, HALF, PAIRS, INTERLEAVED)
+        store_pairs(at, dweight_a, dweight_b, one < 2 - section, HALF, PAIRS, INTERLEAVED)
+        store_pairs(at + 2 * HALF, dbias_a, dbias_b, one < 2 - section, HALF, PAIRS, INTERLEAVED)
 
 
-def _tiling(qkv: torch.Tensor, num_heads: int, norm: str, interleaved: bool) -> tuple[int, dict[str, object]]:
+def _tiling(qkv: torch.Tensor, num_heads: int, norm: str, interleaved: bool) -> tuple[int, dict[str, Any]]:
     """(chunks of tokens per sample, constants of the launch)."""
     B, T, N, head_dim = qkv.shape
     if head_dim > 256:
@@ -299,65 +242,35 @@ def _dense(vector: torch.Tensor | None) -> torch.Tensor | None:
     return None if vector is None else rows(vector)
 
 
-def _qk_norm_rope_empty(qkv: torch.Tensor, *rest: object) -> tuple[torch.Tensor]:
+def _qk_norm_rope_empty(qkv: torch.Tensor, *rest: Any) -> tuple[torch.Tensor]:
     """out, not yet written."""
     return (torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),)
 
 
-def _qk_norm_rope_fwd(
-    results: tuple[torch.Tensor, ...],
-    qkv: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    q_bias: torch.Tensor | None,
-    k_bias: torch.Tensor | None,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    num_heads: int,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> None:
-    (out,) = results
-    B, T = qkv.shape[:2]
+def _qk_norm_rope_fwd(results: tuple[torch.Tensor, ...], qkv: torch.Tensor, *rest: Any) -> None:
+    *others, num_heads, norm, eps, interleaved = rest
     chunks, meta = _tiling(qkv, num_heads, norm, interleaved)
-    qkv, parameters = rows(qkv), [_dense(p) for p in (q_weight, k_weight, q_bias, k_bias)]
-    tables = [_dense(table) for table in (cos, sin)]
-    strides = (*qkv.stride()[:3], *(0 if table is None else table.stride(0) for table in tables))
-    args = (qkv, *parameters, *tables, out, T, chunks, eps, *strides)
-    launch(_qk_norm_rope_fwd_kernel, 3 * B * chunks, *args, **meta)
+    qkv, others = rows(qkv), [_dense(other) for other in others]
+    strides = (*qkv.stride()[:3], *(0 if table is None else table.stride(0) for table in others[4:]))
+    args = (qkv, *others, *results, qkv.shape[1], chunks, eps, *strides)
+    launch(_qk_norm_rope_fwd_kernel, 3 * qkv.shape[0] * chunks, *args, **meta)
 
 
-def _qk_norm_rope_bwd(
-    grads: tuple[torch.Tensor, ...],
-    dout: torch.Tensor,
-    qkv: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    q_bias: torch.Tensor | None,
-    k_bias: torch.Tensor | None,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    num_heads: int,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> None:
-    dqkv, *dparameters = grads
+def _qk_norm_rope_bwd(grads: tuple[torch.Tensor, ...], dout: torch.Tensor, qkv: torch.Tensor, *rest: Any) -> None:
+    *others, num_heads, norm, eps, interleaved = rest
     B, T, _, head_dim = qkv.shape
     chunks, meta = _tiling(qkv, num_heads, norm, interleaved)
-    dout, qkv = rows(dout), rows(qkv)
-    weights, tables = [_dense(w) for w in (q_weight, k_weight)], [_dense(table) for table in (cos, sin)]
-    parameters = (q_weight, k_weight, q_bias, k_bias)
+    dout, qkv, parameters = rows(dout), rows(qkv), others[:4]
+    weights, tables = [_dense(w) for w in others[:2]], [_dense(table) for table in others[4:]]
     graded = any(parameter is not None for parameter in parameters)
     partial = empty_partials(2 * B, chunks, 2, head_dim, qkv.device) if graded else None
     table_strides = (0 if table is None else table.stride(0) for table in tables)
     strides = (*dout.stride()[:3], *qkv.stride()[:3], *table_strides)
-    args = (dout, qkv, *weights, *tables, dqkv, partial, T, chunks, eps, *strides)
+    args = (dout, qkv, *weights, *tables, grads[0], partial, T, chunks, eps, *strides)
     launch(_qk_norm_rope_bwd_kernel, 3 * B * chunks, *args, **meta)
     if partial is not None:
         unwanted = partial.new_empty((1, head_dim))
-        wanted = [unwanted if p is None else dp.view(1, -1) for p, dp in zip(parameters, dparameters, strict=False)]
+        wanted = [unwanted if p is None else dp.view(1, -1) for p, dp in zip(parameters, grads[1:5], strict=True)]
         for i in range(2):
             sum_partials(partial[i * B * chunks : (i + 1) * B * chunks], wanted[i], wanted[2 + i])
 
@@ -436,60 +349,38 @@ def _check_arguments(
         raise ValueError(f"{_OP.name}: cos or sin requires a gradient, expected constants; detach them")
 
 
-_PARAMETERS = ("q_weight", "k_weight", "q_bias", "k_bias")
-_BIASES = ("q_bias", "k_bias")
-_XL = {"B": 256, "T": 256, "N": 48, "head_dim": 72, "half": 36}
+def _sizes(B: int, T: int, N: int, head_dim: int) -> dict[str, int]:
+    return {"B": B, "T": T, "N": N, "head_dim": head_dim, "half": head_dim // 2}
+
+
+_PARAMETERS, _BIASES = ("q_weight", "k_weight", "q_bias", "k_bias"), ("q_bias", "k_bias")
+_LAYER, _RMS, _HALVES = {"norm": "layer"}, {"norm": "rms"}, {"interleaved": False}
 
 SPEC = OpSpec(
     op=_OP,
     fn=qk_norm_rope,
     dims=DIMS,
     cases=(
-        Case("odd", {"B": 2, "T": 19, "N": 4, "head_dim": 24, "half": 12}, {"num_heads": 2, "norm": "layer"}),
-        Case(
-            "mixed",
-            {"B": 2, "T": 18, "N": 4, "head_dim": 72, "half": 36},
-            {"num_heads": 2, "norm": "rms"},
-            mixed=True,
-            absent=_BIASES,
-        ),
-        Case(
-            "rope_only",
-            {"B": 2, "T": 9, "N": 4, "head_dim": 32, "half": 16},
-            {"num_heads": 2, "interleaved": False},
-            absent=_PARAMETERS,
-        ),
-        Case(
-            "norm_only",
-            {"B": 2, "T": 7, "N": 5, "head_dim": 10, "half": 5},
-            {"num_heads": 3, "norm": "layer"},
-            absent=("cos", "sin", "q_bias", "k_weight"),
-        ),
+        Case("odd", _sizes(2, 19, 4, 24), {"num_heads": 2} | _LAYER),
+        Case("mixed", _sizes(2, 18, 4, 72), {"num_heads": 2} | _RMS, mixed=True, absent=_BIASES),
+        Case("rope_only", _sizes(2, 9, 4, 32), {"num_heads": 2} | _HALVES, absent=_PARAMETERS),
+        Case("norm_only", _sizes(2, 7, 5, 10), {"num_heads": 3} | _LAYER, absent=("cos", "sin", "q_bias", "k_weight")),
         Case(
             "strided",
-            {"B": 2, "T": 17, "N": 4, "head_dim": 48, "half": 24},
-            {"num_heads": 2, "norm": "rms", "interleaved": False, "eps": 1e-2},
+            _sizes(2, 17, 4, 48),
+            {"num_heads": 2, "eps": 1e-2} | _RMS | _HALVES,
             strided=True,
             absent=_BIASES,
         ),
-        Case("empty", {"B": 0, "T": 5, "N": 3, "head_dim": 16, "half": 8}, {"num_heads": 1, "norm": "layer"}),
-        Case(
-            "long", {"B": 2, "T": 67, "N": 3, "head_dim": 72, "half": 36}, {"num_heads": 1, "norm": "layer"}, full=True
-        ),
+        Case("empty", _sizes(0, 5, 3, 16), {"num_heads": 1} | _LAYER),
+        Case("long", _sizes(2, 67, 3, 72), {"num_heads": 1} | _LAYER, full=True),
     ),
     bench=(
-        Case("DiT-XL/2, LightningDiT's", _XL, {"num_heads": 16, "norm": "rms"}, absent=_BIASES),
-        Case("DiT-XL/2, LayerNorm, half pairs", _XL, {"num_heads": 16, "norm": "layer", "interleaved": False}),
-        Case(
-            "LargeDiT-3B",
-            {"B": 256, "T": 256, "N": 96, "head_dim": 96, "half": 48},
-            {"num_heads": 32},
-            absent=_PARAMETERS,
-        ),
+        Case("DiT-XL/2, LightningDiT's", _sizes(256, 256, 48, 72), {"num_heads": 16} | _RMS, absent=_BIASES),
+        Case("DiT-XL/2, LayerNorm, halves", _sizes(256, 256, 48, 72), {"num_heads": 16} | _LAYER | _HALVES),
+        Case("LargeDiT-3B", _sizes(256, 256, 96, 96), {"num_heads": 32}, absent=_PARAMETERS),
     ),
-    traffic=(
-        Case("8 heads, 64 tokens", _XL | {"B": 2, "T": 64, "N": 24}, {"num_heads": 8, "norm": "rms"}, absent=_BIASES),
-    ),
+    traffic=(Case("8 heads, 64 tokens", _sizes(2, 64, 24, 72), {"num_heads": 8} | _RMS, absent=_BIASES),),
     stream=(*_PARAMETERS, "cos", "sin"),
     optional=_PARAMETERS,
     constants=("cos", "sin"),

@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 
-from ditfast.kernels import OPS, _activations, _gemm, _rows, parity
+from ditfast.kernels import OPS, _activations, _gemm, _heads, _rows, parity
 
 # op -> (kernel, what is wrong, the right text, the wrong one, and the case that shows it where the default ones do not)
 BUGS = {
@@ -71,12 +71,12 @@ BUGS = {
     ),
     "qk_norm_rope": (
         ("fwd", "sign of the sine", "a * cos - b * sin", "a * cos + b * sin", "odd"),
-        ("fwd", "k with q's weight", "_load_parameter(k_weight_ptr", "_load_parameter(q_weight_ptr", "odd"),
-        ("fwd", "k without its bias", "_load_parameter(k_bias_ptr", "_load_parameter(None", "odd"),
-        ("fwd", "angles of token 0", "token64[:, None] * stride_cos", "0 * token64[:, None]", "odd"),
+        ("fwd", "k with q's weight", "load_parameter(k_weight_ptr", "load_parameter(q_weight_ptr", "odd"),
+        ("fwd", "k without its bias", "load_parameter(k_bias_ptr", "load_parameter(None", "odd"),
+        ("fwd", "angles of token 0", "cos_ptr, token, stride_cos", "cos_ptr, token, 0", "odd"),
         ("fwd", "sample 0 for all", "sample * stride_xb", "0 * stride_xb", "odd"),
-        ("fwd", "the other kind of pairs", "_load_pairs(x_row, live, HALF, PAIRS, INTERLEAVED)",
-         "_load_pairs(x_row, live, HALF, PAIRS, not INTERLEAVED)", "odd", "rope_only"),
+        ("fwd", "the other kind of pairs", "load_pairs(x_row, live, HALF, PAIRS, INTERLEAVED)",
+         "load_pairs(x_row, live, HALF, PAIRS, not INTERLEAVED)", "odd", "rope_only"),
         ("fwd", "v normed too", "if section < 2:", "if section < 3:", "odd"),
         ("fwd", "unwritten last token", "live = token < T", "live = token < T - 1", "odd"),
         ("bwd", "rotated forwards", "da * cos + db * sin, db * cos - da * sin",
@@ -85,8 +85,8 @@ BUGS = {
         ("bwd", "forgotten mean of g n", "(db - g - b * gn)", "(db - g)", "mixed"),
         ("bwd", "dweight after the weight", "tl.sum(da * a, 0)", "tl.sum(da * weight_a * a, 0)", "odd"),
         ("bwd", "sums of k over those of q", "row = section *", "row = 0 *", "odd"),
-        ("_norm", "eps forgotten", "+ eps)", ")", "strided"),
-        ("_norm", "forgotten mean", "a - mean,", "a,", "odd"),
+        ("norm_pairs", "eps forgotten", "+ eps)", ")", "strided"),
+        ("norm_pairs", "forgotten mean", "a - mean,", "a,", "odd"),
     ),
     "gelu_mlp": (
         ("fwd", "missing bias", "+ bias[None, :]", "+ 0.0 * bias[None, :]", "odd"),
@@ -163,7 +163,7 @@ SHARED = {"sum_partials": _rows, "column_sums": _rows, "gemm": _gemm}
 # Inlined into kernels, which a GPU has compiled by then.
 INLINED = {
     **{"multiply": _gemm, "tile_at": _gemm, "gelu_and_slope": _activations, "silu_and_slope": _activations},
-    "_norm": importlib.import_module("ditfast.kernels.qk_norm_rope"),
+    "norm_pairs": _heads,
 }
 
 
