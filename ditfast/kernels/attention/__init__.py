@@ -132,8 +132,9 @@ def attention_qkvpacked(qkv: torch.Tensor, *, scale: float | None = None, backen
 
 
 # Delta comes from the rounded o, as in every flash attention: an error that all keys of a row share, and that does not
-# average out in dq as those of the eager softmax do. With 600 keys dq has twice their RMS error in bfloat16.
-_SLACK = {"dq": 2.5}
+# average out in dq as those of the eager softmax do. With 600 keys dq has twice their RMS error in bfloat16; with two
+# keys, whose ds are a difference of nearly equal numbers, dk shows it in float32 too.
+_SLACK = {"dq": 2.5, "dk": 1.5}
 # Every tile of queries reads all keys again, and the backward reads all twice; the L1 or L2 serves that.
 _LIMITS = {"requested": 2.05}
 
