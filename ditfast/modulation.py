@@ -34,15 +34,19 @@ class ModulationTable:
         row_bytes: int,
         limit: int = TABLE_BYTES,
     ):
-        self.modulations, self.labels, self._classes = modulations, classes, classes.to(device)
+        self.modulations, self.timesteps, self.classes = modulations, list(timesteps), classes
         self.chunk = max(1, limit // (row_bytes * len(classes)))
         self._step = {t: i for i, t in enumerate(timesteps)}
-        self._timesteps = torch.tensor(timesteps, device=device)
+        self._timesteps, self._classes = torch.tensor(timesteps, device=device), classes.to(device)
         row = classes.new_full((int(classes.max()) + 1,), -1)  # which other labels fail at
         row[classes] = torch.arange(len(classes))
         self._row = row.to(device)
         self._first: int | None = None
         self._table = self._now = torch.empty(0)
+
+    def serves(self, timesteps: Sequence[int], classes: Tensor) -> bool:
+        """Whether it was made for these."""
+        return self.timesteps == list(timesteps) and torch.equal(self.classes, classes)
 
     def go_to(self, t: int) -> None:
         """Chooses the rows of original timestep t."""

@@ -71,7 +71,7 @@ class LoopNetwork(Network):
     def begin(self, timesteps: Sequence[int], labels: Tensor) -> None:
         """A loop over original timesteps, in which only these labels (N,), on the CPU, occur."""
         classes = labels.unique()
-        if self.ahead and (self._table is None or not torch.equal(self._table.labels, classes)):
+        if self.ahead and (self._table is None or not self._table.serves(timesteps, classes)):
             row_bytes = self.model.modulation_width * self.precision.compute.itemsize
             self._table = ModulationTable(self._modulations, timesteps, classes, self.device, row_bytes)
 

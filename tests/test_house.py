@@ -21,6 +21,7 @@ ARROWS: dict[str, set[str]] = {
 OPTIONAL = {
     "diffusers",
     "flash_attn",
+    "flash_attn_interface",
     "xformers",
     "torchdiffeq",
     "apex",

@@ -126,6 +126,19 @@ def test_batches_of_the_same_classes_share_a_table(monkeypatch):
     assert calls == [5 * 4], "5 steps, three classes and the null class, once"
 
 
+@pytest.mark.parametrize("timesteps, labels", [([0, 600], [1, 2]), ([0, 500], [1, 3])])
+def test_another_loop_has_another_table(timesteps, labels):
+    net = network()
+    used, fresh = (LoopNetwork(net, config().sample) for _ in range(2))
+    used.begin([0, 500], torch.tensor([1, 2]))
+    used.go_to(500)
+    x, t, y = torch.ones(2, 4, 8, 8), torch.full((2,), timesteps[1]), torch.tensor(labels)
+    for loop in (used, fresh):
+        loop.begin(timesteps, y)
+        loop.go_to(timesteps[1])
+    assert torch.equal(used(x, t, y=y), fresh(x, t, y=y))
+
+
 def test_with_hooks_each_step_computes_its_own_and_the_log_says_so(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("ditfast"), "propagate", True)
     net, calls = network(), []

@@ -32,6 +32,8 @@ from .patchify import SPEC as _PATCHIFY
 from .patchify import patchify
 from .q_sample import SPEC as _Q_SAMPLE
 from .q_sample import q_sample
+from .qk_norm_rope import SPEC as _QK_NORM_ROPE
+from .qk_norm_rope import qk_norm_rope
 from .spec import OpSpec
 from .swiglu_backward import SPEC as _SWIGLU_BACKWARD
 from .swiglu_backward import swiglu_backward
@@ -48,6 +50,7 @@ OPS: tuple[OpSpec, ...] = (
     _GATE_RESIDUAL_ADALN_MODULATE,
     _ATTENTION,
     _ATTENTION_QKVPACKED,
+    _QK_NORM_ROPE,
     _GELU_MLP,
     _GELU_BACKWARD,
     _SWIGLU_MLP,
@@ -91,6 +94,7 @@ __all__ = [
     "guided_step",
     "patchify",
     "q_sample",
+    "qk_norm_rope",
     "rms_norm",
     "swiglu_backward",
     "swiglu_mlp",

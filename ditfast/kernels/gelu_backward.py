@@ -109,5 +109,5 @@ SPEC = OpSpec(
     stream=("dbias",),
     mutates=("grad",),
     overwrites=("act", "dbias"),
-    traffic=(Case("DiT-XL/2, 512 tokens", {"M": 512, "F": 4608}),),
+    traffic=(Case("DiT-XL/2, 128 tokens", {"M": 128, "F": 4608}),),
 )

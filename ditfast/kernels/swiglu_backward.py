@@ -147,5 +147,5 @@ SPEC = OpSpec(
     stream=("dbias1", "dbias3"),
     mutates=("grad",),
     overwrites=("dgate", "dup", "dbias1", "dbias3"),
-    traffic=(Case("LightningDiT-XL, 512 tokens", {"M": 512, "F": 3072}),),
+    traffic=(Case("LightningDiT-XL, 128 tokens", {"M": 128, "F": 3072}),),
 )

@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 
-from ditfast.kernels import OPS, _activations, _gemm, _norm, _rows, parity
+from ditfast.kernels import OPS, _activations, _gemm, _heads, _norm, _rows, parity
 
 # op -> (kernel, what is wrong, the right text, the wrong one, and the case that shows it where the default ones do not)
 BUGS = {
@@ -101,6 +101,25 @@ BUGS = {
         ("sum_partials", "last chunk dropped", "(chunk < chunks)", "(chunk < chunks - 1)", "xl"),
         ("bwd", "unwritten tail", "n < N", "n < N - 1", "odd", "mixed"),
     ),
+    "qk_norm_rope": (
+        ("fwd", "sign of the sine", "a * cos - b * sin", "a * cos + b * sin", "odd"),
+        ("fwd", "k with q's weight", "load_parameter(k_weight_ptr", "load_parameter(q_weight_ptr", "odd"),
+        ("fwd", "k without its bias", "load_parameter(k_bias_ptr", "load_parameter(None", "odd"),
+        ("fwd", "angles of token 0", "cos_ptr, token, stride_cos", "cos_ptr, token, 0", "odd"),
+        ("fwd", "sample 0 for all", "sample * stride_xb", "0 * stride_xb", "odd"),
+        ("fwd", "the other kind of pairs", "load_pairs(x_row, live, HALF, PAIRS, INTERLEAVED)",
+         "load_pairs(x_row, live, HALF, PAIRS, not INTERLEAVED)", "odd", "rope_only"),
+        ("fwd", "v normed too", "if section < 2:", "if section < 3:", "odd"),
+        ("fwd", "unwritten last token", "live = token < T", "live = token < T - 1", "odd"),
+        ("bwd", "rotated forwards", "da * cos + db * sin, db * cos - da * sin",
+         "da * cos - db * sin, da * sin + db * cos", "odd"),
+        ("bwd", "forgotten mean of g", "(da - g - a * gn)", "(da - a * gn)", "odd"),
+        ("bwd", "forgotten mean of g n", "(db - g - b * gn)", "(db - g)", "mixed"),
+        ("bwd", "dweight after the weight", "tl.sum(da * a, 0)", "tl.sum(da * weight_a * a, 0)", "odd"),
+        ("bwd", "sums of k over those of q", "row = section *", "row = 0 *", "odd"),
+        ("norm_pairs", "eps forgotten", "+ eps)", ")", "strided"),
+        ("norm_pairs", "forgotten mean", "a - mean,", "a,", "odd"),
+    ),
     "gelu_mlp": (
         ("fwd", "missing bias", "+ bias[None, :]", "+ 0.0 * bias[None, :]", "odd"),
         ("fwd", "exact GELU", "gelu(pre), mask", "pre * 0.5 * (1.0 + tl.erf(pre * 0.7071067811865476)), mask", "odd"),
@@ -191,7 +210,7 @@ SPECS = {spec.name: spec for spec in OPS}
 # The jit functions of several ops, by the names that BUGS has for them.
 SHARED = {
     function.removeprefix("_").removesuffix("_kernel"): (module, function)
-    for module in (_rows, _norm, _gemm, _activations)
+    for module in (_rows, _norm, _gemm, _activations, _heads)
     for function, value in vars(module).items()
     if isinstance(value, type(_norm._norm_fwd_kernel)) and inspect.unwrap(value.fn).__module__ == module.__name__
 }
@@ -230,7 +249,7 @@ def cases_of(name: str, *only: str):
             marks=[pytest.mark.full]
             if (case.name == "xl" and (which, dtype) != ("fwd", torch.bfloat16))
             or (case.name == "tiles" and dtype != torch.bfloat16)
-            or (name.endswith("_mlp") and dtype == torch.float16)
+            or (name in ("gelu_mlp", "swiglu_mlp", "qk_norm_rope") and dtype == torch.float16)
             else [],
         )
         for name, bugs in BUGS.items()

@@ -132,8 +132,9 @@ def attention_qkvpacked(qkv: torch.Tensor, *, scale: float | None = None, backen
 
 
 # Delta comes from the rounded o, as in every flash attention: an error that all keys of a row share, and that does not
-# average out in dq as those of the eager softmax do. With 600 keys dq has twice their RMS error in bfloat16.
-_SLACK = {"dq": 2.5}
+# average out in dq as those of the eager softmax do. With 600 keys dq has twice their RMS error in bfloat16; with two
+# keys, whose ds are a difference of nearly equal numbers, dk shows it in float32 too.
+_SLACK = {"dq": 2.5, "dk": 1.5}
 # Every tile of queries reads all keys again, and the backward reads all twice; the L1 or L2 serves that.
 _LIMITS = {"requested": 2.05}
 
@@ -146,7 +147,7 @@ SPEC = OpSpec(
     cases=(
         Case("odd", {"B": 3, "Tq": 33, "Tk": 33, "H": 2, "head_dim": 72}),
         Case("cross", {"B": 2, "Tq": 17, "Tk": 2, "H": 2, "head_dim": 32}, {"scale": 0.5}),
-        Case("strided", {"B": 2, "Tq": 9, "Tk": 63, "H": 3, "head_dim": 48}, strided=True),
+        Case("strided", {"B": 2, "Tq": 33, "Tk": 63, "H": 3, "head_dim": 48}, strided=True),
         Case("long", {"B": 2, "Tq": 300, "Tk": 65, "H": 1, "head_dim": 80}),
         Case("heads", {"B": 2, "Tq": 33, "Tk": 257, "H": 2, "head_dim": 32}),
         Case("peaked", {"B": 2, "Tq": 5, "Tk": 200, "H": 1, "head_dim": 64}, {"scale": 2.0}),

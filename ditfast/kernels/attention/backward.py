@@ -11,18 +11,22 @@ from .._triton import jit, launch, tl
 from .tiles import Configs, constants, dense, strides
 
 # Not measured on a chip yet. Tiles as the forward's, as far as they compile without spills: with two sums beside two
-# products, dk and dv take 32 queries at a time (16 on sm_80, whose products come through registers, from head_dim 88).
+# products, dk and dv take 32 queries at a time, and 16 on sm_80 from head_dim 88 on.
 DQ_CONFIGS: Configs = (
     (90, 2, 128, 128, 64, 8, 2),
+    (0, 2, 32, 128, 32, 8, 2),
     (0, 2, 96, 128, 64, 8, 2),
     (0, 2, 128, 128, 32, 8, 2),
+    (0, 4, 32, 64, 16, 8, 2),
+    (0, 4, 48, 64, 32, 8, 2),
     (0, 4, 128, 64, 16, 8, 2),
 )
 DKDV_CONFIGS: Configs = (
     (90, 2, 128, 128, 32, 8, 2),
     (0, 2, 80, 128, 32, 8, 2),
     (0, 2, 128, 128, 16, 8, 2),
-    (0, 4, 128, 64, 32, 8, 2),
+    (0, 4, 96, 64, 32, 8, 2),
+    (0, 4, 128, 64, 16, 8, 2),
 )
 
 

@@ -7,10 +7,15 @@ from .tiles import Configs, constants, dense, strides
 
 # Not measured on a chip yet. 16 bits: 128 queries read K and V half as often as 64 would, and are the 64 rows that
 # HGMMA wants for each of two groups of four warps; 64 keys take 120 to 180 registers a thread on sm_90, 128 over 200.
-# float32 has no tensor cores, and its operands come through registers: smaller tiles.
+# On sm_80 operands come through registers, and 64 keys of which some are masked spill from head_dim 104 on. float32 has
+# no tensor cores, and its operands come through registers too: smaller tiles.
 CONFIGS: Configs = (
-    (0, 2, 128, 128, 64, 8, 3),
-    (0, 4, 128, 64, 32, 8, 2),
+    (90, 2, 128, 128, 64, 8, 3),
+    (0, 2, 96, 128, 64, 8, 3),
+    (0, 2, 128, 128, 32, 8, 3),
+    (0, 4, 32, 64, 16, 8, 2),
+    (0, 4, 96, 64, 32, 8, 2),
+    (0, 4, 128, 64, 16, 8, 2),
 )
 
 

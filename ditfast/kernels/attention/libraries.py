@@ -5,7 +5,6 @@ imported before it is asked for: an install can be there and broken, or built fo
 looks for the package, then at its version, then runs it once on a tiny input, and remembers.
 """
 
-import importlib
 import importlib.metadata
 import importlib.util
 import re
@@ -45,19 +44,27 @@ def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
 
 
 def _flash_attn_2(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    return importlib.import_module("flash_attn").flash_attn_func(q, k, v, softmax_scale=scale, causal=False)
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v, softmax_scale=scale, causal=False)
 
 
 def _flash_attn_2_packed(qkv: torch.Tensor, scale: float) -> torch.Tensor:
-    return importlib.import_module("flash_attn").flash_attn_qkvpacked_func(qkv, softmax_scale=scale, causal=False)
+    from flash_attn import flash_attn_qkvpacked_func
+
+    return flash_attn_qkvpacked_func(qkv, softmax_scale=scale, causal=False)
 
 
 def _flash_attn_3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    return _first(importlib.import_module("flash_attn_interface").flash_attn_func(q, k, v, softmax_scale=scale))
+    from flash_attn_interface import flash_attn_func
+
+    return _first(flash_attn_func(q, k, v, softmax_scale=scale, causal=False))
 
 
 def _flash_attn_4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    return _first(importlib.import_module("flash_attn.cute").flash_attn_func(q, k, v, softmax_scale=scale))
+    from flash_attn.cute import flash_attn_func
+
+    return _first(flash_attn_func(q, k, v, softmax_scale=scale, causal=False))
 
 
 def _first(out: Any) -> torch.Tensor:
@@ -66,7 +73,9 @@ def _first(out: Any) -> torch.Tensor:
 
 
 def _xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    return importlib.import_module("xformers.ops").memory_efficient_attention(q, k, v, scale=scale)
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(q, k, v, scale=scale)
 
 
 @dataclass(frozen=True)
@@ -132,25 +141,35 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int |
     (least, most), here = library.capabilities, capability(device)
     if not least <= here <= most:
         return f"it is for GPUs of sm_{least} to sm_{most}, this one is sm_{here}; use backend='sdpa'"
-    if error := _failure(name, device, dtype, 64 if head_dim is None else int(head_dim)):
+    # A number that equals head_dim: under torch.compile that may be a symbol.
+    number = 64 if head_dim is None else next(n for n in range(8, library.largest + 1, 8) if n == head_dim)
+    if error := _failure(name, device, dtype, number):
         return f"it failed on a tiny input: {error}; {_remedy(library)}"
     return None
 
 
-# What torch.compile must not trace: it takes the results for constants.
-@torch.compiler.assume_constant_result
+def _constant(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Let torch.compile call `fn` and take what it returns for a constant, rather than trace it.
+
+    What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes seconds.
+    """
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
+
+
+@_constant
 def capability(device: torch.device) -> int:
     """90 for an sm_90."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _missing(name: str) -> str | None:
     return look_for(name)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     return launch_tiny(name, device, dtype, head_dim)
 

@@ -1,6 +1,5 @@
 """The adapters of other people's attention, over stand-ins that check what they are given and compute the truth."""
 
-import importlib
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -256,9 +255,16 @@ def test_wrong_arguments_are_named(change, says):
         attention(**inputs)
 
 
-def test_the_choice_is_constant_under_compile(installed):
-    """Looking for a package is nothing that dynamo could trace."""
+def test_the_choice_and_the_adapter_compile_without_graph_breaks(installed, monkeypatch):
+    """Looking for a package is nothing that dynamo could trace; the stand-in is."""
+    installed("xformers")
     torch._dynamo.reset()
-    monkeypatched = importlib.import_module("ditfast.kernels.attention.libraries")
-    graphed = torch.compile(lambda x: x + len(monkeypatched._missing("flash-attn-3")), fullgraph=True, backend="eager")
-    assert graphed(torch.zeros(1)) == len(libraries.look_for("flash-attn-3"))
+    monkeypatch.setattr(dispatch, "RULES", ((0, 8, ("flash-attn-3", "xformers")),))
+    q, k, v = tensors()
+
+    def chosen_and_run(q, k, v):
+        name = dispatch.auto(GPU, q.dtype, [q])
+        return libraries.LIBRARIES[name].run(q, k, v, SCALE), name
+
+    out, name = torch.compile(chosen_and_run, fullgraph=True, dynamic=True, backend="eager")(q, k, v)
+    assert name == "xformers" and torch.equal(out, attention_ref(q, k, v, SCALE))
