@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ditfast.diffusion.samplers import at_timestep
+
 # Of one table, while it is made twice: a row of DiT-XL/2 has 0.39 MB in bf16, one for each step and class.
 TABLE_BYTES = 128 * 2**20
 
@@ -75,5 +77,4 @@ class ByTimestep:
         """What to call for a batch that is all at original timestep t."""
         for go_to in self.go_to:
             go_to(t)
-        choose = getattr(self.model, "at_timestep", None)
-        return self.model if choose is None else choose(t)
+        return at_timestep(self.model, t)

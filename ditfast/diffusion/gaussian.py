@@ -12,7 +12,11 @@ from torch import Tensor
 from ditfast.kernels import q_sample
 
 from . import loss, samplers
+from .guidance import unmixed_form
 from .types import ConditionFn, LossType, Model, ModelMeanType, ModelVarType, Moments, TensorFn, Unmixed
+
+# Tables of a process on its devices. Its own are far fewer, but each eta of DDIM makes one more.
+MOST_CACHED = 64
 
 
 def _checked_betas(betas: Tensor | Sequence[float]) -> Tensor:
@@ -99,6 +103,8 @@ class GaussianDiffusion:
             raise ValueError(f"t is on {t.device} and the data on {device}: move one of them")
         key = (name, device, dtype)
         if key not in self._cache:
+            if len(self._cache) >= MOST_CACHED:
+                del self._cache[next(iter(self._cache))]
             self._cache[key] = (make() if make else getattr(self, name)).to(device=device, dtype=dtype)
         try:
             return self._cache[key].index_select(0, t)
@@ -136,7 +142,9 @@ class GaussianDiffusion:
                 f"noise has shape {tuple(noise.shape)}, x_start {tuple(x_start.shape)}: they must be equal"
             )
         alpha = self.gather_rows("sqrt_alphas_cumprod", t, x_start)
-        return q_sample(x_start, noise, alpha, self.gather_rows("sqrt_one_minus_alphas_cumprod", t, x_start))
+        sigma = self.gather_rows("sqrt_one_minus_alphas_cumprod", t, x_start)
+        x_start, noise = (v if v.is_floating_point() else v.to(alpha.dtype) for v in (x_start, noise))
+        return q_sample(x_start, noise, alpha, sigma)
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance, clipped log variance of q(x_{t-1} | x_t, x_0), each shaped like x_t (DDPM equations 6, 7)."""
@@ -165,8 +173,7 @@ class GaussianDiffusion:
         self, model: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None = None
     ) -> tuple[Unmixed, Any]:
         """Run a network, or those of a guidance without mixing: what they returned, and the extra output."""
-        run = getattr(model, "unmixed", model)
-        output, extra = run(x, self.original_timesteps(t), **(model_kwargs or {})), None
+        output, extra = unmixed_form(model)(x, self.original_timesteps(t), **(model_kwargs or {})), None
         if isinstance(output, tuple):
             output, extra = output
         unmixed = output if isinstance(output, Unmixed) else Unmixed(output)

@@ -7,6 +7,7 @@ is always the conditional one. A process asks for `unmixed` in place of calling,
 import copy
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,9 +66,13 @@ class _Guidance(ABC):
         _check_output("unconditional", uncond, x)
         return Unmixed(cond, uncond[:, :channels], self.scale)
 
+    def only_mixes(self) -> bool:
+        """Whether a call is the mixing of `unmixed` and nothing more, which a subclass may have made of it."""
+        return type(self).__call__ is _Guidance.__call__
+
     def at_timestep(self, t: int) -> Model:
         """The callable for a batch that is all at original timestep t: guided inside the interval, else conditional."""
-        if self.interval is None:
+        if self.interval is None or not self.only_mixes():
             return self
         if not self.interval[0] <= t < self.interval[1]:
             return self._conditional
@@ -94,6 +99,11 @@ class _Guidance(ABC):
             return Unmixed(conditional)
         guided = self._guided(x, t, y, **kwargs).mixed()
         return Unmixed(torch.where(inside.view(-1, *(1,) * (x.ndim - 1)), guided, conditional))
+
+
+def unmixed_form(model: Model) -> Callable[..., Any]:
+    """The `unmixed` of a guidance that only mixes; any other model itself, a wrapper around a guidance too."""
+    return model.unmixed if isinstance(model, _Guidance) and model.only_mixes() else model
 
 
 class ClassifierFreeGuidance(_Guidance):

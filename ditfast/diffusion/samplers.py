@@ -31,11 +31,10 @@ class Step(TypedDict):
 class StepOptions(TypedDict, total=False):
     """Options that every step takes.
 
-    `clip_denoised` (default True) clamps the predicted x_0 to [-1, 1] after `denoised_fn`; `cond_fn` is the gradient of
-    log p(y | x_t); `model_kwargs` go to the model and to cond_fn.
+    `denoised_fn` is applied to the predicted x_0; `cond_fn` is the gradient of log p(y | x_t); `model_kwargs` go to the
+    model and to cond_fn.
     """
 
-    clip_denoised: bool
     denoised_fn: TensorFn | None
     cond_fn: ConditionFn | None
     model_kwargs: Mapping[str, Any] | None
@@ -52,10 +51,18 @@ class SamplerOptions(StepOptions, total=False):
 
 
 def p_sample(
-    process: "GaussianDiffusion", model: Model, x: Tensor, t: Tensor, **options: Unpack[SamplerOptions]
+    process: "GaussianDiffusion",
+    model: Model,
+    x: Tensor,
+    t: Tensor,
+    clip_denoised: bool = True,
+    **options: Unpack[SamplerOptions],
 ) -> Step:
-    """One ancestral step x_t (B, C, ...) -> x_{t-1}; no noise is added at t = 0 (Ho et al. 2020, algorithm 2)."""
-    return _step(process, "ddpm", 1.0, model, x, t, **options)
+    """One ancestral step x_t (B, C, ...) -> x_{t-1}; no noise is added at t = 0 (Ho et al. 2020, algorithm 2).
+
+    clip_denoised clamps the predicted x_0 to [-1, 1], in every sampler; for the others see `SamplerOptions`.
+    """
+    return _step(process, "ddpm", 1.0, model, x, t, clip_denoised, **options)
 
 
 def ddim_sample(
@@ -63,6 +70,7 @@ def ddim_sample(
     model: Model,
     x: Tensor,
     t: Tensor,
+    clip_denoised: bool = True,
     *,
     eta: float = 0.0,
     **options: Unpack[SamplerOptions],
@@ -75,7 +83,7 @@ def ddim_sample(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie between 0 (deterministic) and 1 (the posterior's variance), got {eta}")
-    return _step(process, "ddim", eta, model, x, t, **options)
+    return _step(process, "ddim", eta, model, x, t, clip_denoised, **options)
 
 
 def ddim_reverse_sample(
@@ -83,6 +91,7 @@ def ddim_reverse_sample(
     model: Model,
     x: Tensor,
     t: Tensor,
+    clip_denoised: bool = True,
     *,
     eta: float = 0.0,
     **options: Unpack[StepOptions],
@@ -93,7 +102,7 @@ def ddim_reverse_sample(
     """
     if eta != 0:
         raise ValueError(f"the reverse exists for the deterministic path only: eta must be 0, got {eta}")
-    return _step(process, "ddim_reverse", eta, model, x, t, noise_fn=None, **options)
+    return _step(process, "ddim_reverse", eta, model, x, t, clip_denoised, noise_fn=None, **options)
 
 
 def p_sample_loop_progressive(
@@ -101,13 +110,22 @@ def p_sample_loop_progressive(
     model: Model,
     shape: Sequence[int],
     noise: Tensor | None = None,
+    clip_denoised: bool = True,
     *,
     device: torch.device | str | None = None,
     progress: bool = False,
     **options: Unpack[SamplerOptions],
 ) -> Iterator[Step]:
     """The steps of `p_sample_loop`, one by one, from t = T - 1 to 0."""
-    return _loop(process, partial(p_sample, process, **options), model, shape, noise, device, progress)
+    return _loop(
+        process,
+        partial(p_sample, process, clip_denoised=clip_denoised, **options),
+        model,
+        shape,
+        noise,
+        device,
+        progress,
+    )
 
 
 def ddim_sample_loop_progressive(
@@ -115,6 +133,7 @@ def ddim_sample_loop_progressive(
     model: Model,
     shape: Sequence[int],
     noise: Tensor | None = None,
+    clip_denoised: bool = True,
     *,
     device: torch.device | str | None = None,
     progress: bool = False,
@@ -122,7 +141,8 @@ def ddim_sample_loop_progressive(
     **options: Unpack[SamplerOptions],
 ) -> Iterator[Step]:
     """The steps of `ddim_sample_loop`, one by one, from t = T - 1 to 0."""
-    return _loop(process, partial(ddim_sample, process, eta=eta, **options), model, shape, noise, device, progress)
+    step = partial(ddim_sample, process, clip_denoised=clip_denoised, eta=eta, **options)
+    return _loop(process, step, model, shape, noise, device, progress)
 
 
 def p_sample_loop(
@@ -130,6 +150,7 @@ def p_sample_loop(
     model: Model,
     shape: Sequence[int],
     noise: Tensor | None = None,
+    clip_denoised: bool = True,
     *,
     device: torch.device | str | None = None,
     progress: bool = False,
@@ -141,11 +162,13 @@ def p_sample_loop(
         model: any `model(x (B, C, ...), original t (B,), **model_kwargs)`.
         shape: (B, C, ...).
         noise: the x_T to start from, of that shape; drawn from torch's global generator if None.
+        clip_denoised: clamp the predicted x_0 to [-1, 1], after `denoised_fn`.
         device: where to draw it; by default the model's, for a bare function torch's default device.
         progress: show a bar.
         options: see `SamplerOptions`.
     """
-    return _last(p_sample_loop_progressive(process, model, shape, noise, device=device, progress=progress, **options))
+    args = (process, model, shape, noise, clip_denoised)
+    return _last(p_sample_loop_progressive(*args, device=device, progress=progress, **options))
 
 
 def ddim_sample_loop(
@@ -153,6 +176,7 @@ def ddim_sample_loop(
     model: Model,
     shape: Sequence[int],
     noise: Tensor | None = None,
+    clip_denoised: bool = True,
     *,
     device: torch.device | str | None = None,
     progress: bool = False,
@@ -160,9 +184,8 @@ def ddim_sample_loop(
     **options: Unpack[SamplerOptions],
 ) -> Tensor:
     """Samples (B, C, ...) by DDIM; arguments as in `p_sample_loop`, `eta` as in `ddim_sample`."""
-    return _last(
-        ddim_sample_loop_progressive(process, model, shape, noise, device=device, progress=progress, eta=eta, **options)
-    )
+    args = (process, model, shape, noise, clip_denoised)
+    return _last(ddim_sample_loop_progressive(*args, device=device, progress=progress, eta=eta, **options))
 
 
 def _loop(
@@ -180,12 +203,20 @@ def _loop(
         raise ValueError(f"noise has shape {tuple(noise.shape)}, but {tuple(shape)} was asked for")
     x = noise
     for i in _track(range(process.num_timesteps - 1, -1, -1), progress):
-        choose = getattr(model, "at_timestep", None)
-        network = model if choose is None else choose(process.timestep_map[i])
+        network = at_timestep(model, process.timestep_map[i])
         with torch.no_grad():
             out = step(network, x, torch.full((len(x),), i, device=x.device))
         yield out
         x = out["sample"]
+
+
+def at_timestep(model: Model, t: int) -> Model:
+    """What to call in a model's place for a batch that is all at original timestep t.
+
+    By its class's `at_timestep`: one that a wrapper finds by __getattr__ is of what it wraps, and would bypass it.
+    """
+    choose = getattr(type(model), "at_timestep", None)
+    return model if choose is None else choose(model, t)
 
 
 def _last(steps: Iterator[Step]) -> Tensor:
@@ -201,7 +232,7 @@ def _step(
     model: Model,
     x: Tensor,
     t: Tensor,
-    clip_denoised: bool = True,
+    clip_denoised: bool,
     denoised_fn: TensorFn | None = None,
     cond_fn: ConditionFn | None = None,
     model_kwargs: Mapping[str, Any] | None = None,

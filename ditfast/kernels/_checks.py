@@ -1,20 +1,26 @@
 """Argument checks shared by the ops: every message names what was given, what was expected and what to do."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from numbers import Real
 
 import torch
 
 
-def check_dims(op: str, dims: Mapping[str, str], tensors: Mapping[str, torch.Tensor | None]) -> dict[str, int]:
+def check_dims(
+    op: str,
+    dims: Mapping[str, str],
+    tensors: Mapping[str, torch.Tensor | None],
+    optional: Collection[str] = (),
+) -> dict[str, int]:
     """Sizes of the named dims; ValueError where a tensor's shape disagrees with `dims` (`{"x": "B T D", "w": "3 D"}`).
 
-    A number in `dims` is a fixed size, a first "..." any leading dims. Tensors that are None are skipped; the others
-    must sit on one device.
+    A number in `dims` is a fixed size, a first "..." any leading dims. Those of `optional` may be None; the others are
+    tensors on one device.
     """
     sizes: dict[str, int] = {}
     first: torch.Tensor | None = None
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None and name in optional:
             continue
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{op}: {name} is a {type(tensor).__name__}, expected a torch.Tensor ({dims[name]})")
@@ -36,11 +42,11 @@ def check_dims(op: str, dims: Mapping[str, str], tensors: Mapping[str, torch.Ten
 
 
 def sample_dims(op: str, name: str, tensor: torch.Tensor) -> str:
-    """Dims of a tensor (B, C, ...) by name, for `check_dims`; ValueError where it is none or a sample is empty."""
+    """Dims of a tensor (B, C, ...) by name, for `check_dims`; ValueError where it is none."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{op}: {name} is a {type(tensor).__name__}, expected a torch.Tensor (B, C, ...)")
-    if tensor.ndim < 2 or 0 in tensor.shape[1:]:
-        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected (B, C, ...) with C, ... at least 1")
+    if tensor.ndim < 2:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected (B, C, ...)")
     return " ".join(["B", "C", *(f"S{i}" for i in range(1, tensor.ndim - 1))])
 
 
@@ -51,6 +57,18 @@ def check_floating(op: str, tensors: Mapping[str, torch.Tensor | None]) -> None:
             raise ValueError(
                 f"{op}: {name} has dtype {tensor.dtype}, expected a floating-point dtype; convert it first"
             )
+
+
+def check_out_dtype(op: str, out_dtype: torch.dtype) -> None:
+    """ValueError where this is no floating-point dtype."""
+    if not isinstance(out_dtype, torch.dtype) or not out_dtype.is_floating_point:
+        raise ValueError(f"{op}: out_dtype is {out_dtype!r}, expected a floating-point torch.dtype")
+
+
+def check_number(op: str, name: str, value: float) -> None:
+    """ValueError where this is no real number."""
+    if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt, Real)):
+        raise ValueError(f"{op}: {name} is {value!r}, expected a number")
 
 
 def check_contiguous(op: str, tensors: Mapping[str, torch.Tensor]) -> None:

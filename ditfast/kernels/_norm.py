@@ -120,6 +120,8 @@ def _norm_fwd_kernel(
         if TAIL:
             square += tl.sum(tail_x * tail_x, 1)
         rstd = 1.0 / tl.sqrt(square / D + eps)
+        # Squares beyond fp32's range would make it 0 and y the shift, as if nothing were wrong.
+        rstd = tl.where(rstd == 0.0, float("nan"), rstd)
         tl.store(rstd_ptr + sample * T + row, rstd, mask=live)
 
         y = x * rstd[:, None] * factor[None, :] + shift[None, :]

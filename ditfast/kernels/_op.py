@@ -4,6 +4,7 @@ The form of registration was chosen by its cost per call: raw ops by define / im
 third of what custom_op with register_autograd takes, and are as opaque to torch.compile. A raw op has no derivative.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -88,7 +89,7 @@ class Op:
     kernels the Triton side. Backends are preferred in the order of `backends`.
     auto(device, dtype, inputs) says what "auto" takes, where that is no matter of order;
     refusal(backend, device, dtype, inputs) what keeps a backend from running on such inputs, with the remedy.
-    Both get no inputs where none are known.
+    Both get no inputs where none are known. optional: the inputs that may be None, by the schema.
     """
 
     name: str
@@ -97,11 +98,14 @@ class Op:
     kernels: Kernels | InPlace | None = None
     auto: Callable[[torch.device, torch.dtype, Sequence[Any]], str] | None = None
     refusal: Callable[[str, torch.device, torch.dtype, Sequence[Any]], str | None] | None = None
+    optional: frozenset[str] = field(default=frozenset(), init=False)
     _apply: Callable[..., Any] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.kernels:
             register: Any = _register_in_place if isinstance(self.kernels, InPlace) else _register
+            schema = self.kernels.schema if isinstance(self.kernels, InPlace) else self.kernels.inputs
+            object.__setattr__(self, "optional", frozenset(re.findall(r"Tensor\? (\w+)", schema)))
             object.__setattr__(self, "_apply", register(self.name, self.kernels))
 
     @property
@@ -115,7 +119,7 @@ class Op:
         return self.kernels is None or (isinstance(self.kernels, Kernels) and self.kernels.bwd is not None)
 
     def choose(self, asked: str, device: torch.device, dtype: torch.dtype, inputs: Sequence[Any] = ()) -> str:
-        """The concrete backend for a first input of this device and dtype; BackendError where `asked` cannot run.
+        """The concrete backend for inputs of this device and dtype; BackendError where `asked` cannot run.
 
         "auto" is the first of `backends`, except that triton is for floats of 16 and 32 bits and for integers on a GPU:
         anywhere else it is slow. Nor where autograd wants a derivative that the kernels lack.
@@ -145,7 +149,7 @@ class Op:
         """The outputs, differentiable, by the backend asked for; inputs are tensors, None, or lists of tensors."""
         lead = inputs[0][0] if isinstance(inputs[0], list) else inputs[0]
         assert lead is not None
-        backend = self.choose(backend, lead.device, lead.dtype, inputs)
+        backend = self.choose(backend, lead.device, _first_refused(lead.dtype, inputs, attrs), inputs)
         if _calls is not None:
             _calls.append((self.name, backend))
         if backend == "triton":
@@ -168,8 +172,22 @@ def _graded(inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in inputs)
 
 
+def _first_refused(dtype: torch.dtype, inputs: Sequence[Any], attrs: Sequence[Any]) -> torch.dtype:
+    """The first dtype of these that the kernels do not take, of inputs and outputs; else `dtype`, of the first input.
+
+    Beside float32 tensors one in float64 makes results in float64, which the kernels would compute in float32.
+    """
+    for value in inputs:
+        if isinstance(value, torch.Tensor) and not _taken(value.dtype):
+            return value.dtype
+    for value in attrs:
+        if isinstance(value, torch.dtype) and not _taken(value):
+            return value
+    return dtype
+
+
 def _taken(dtype: torch.dtype) -> bool:
-    """Whether the kernels take a first input of this dtype; integers are only those of ops that are about them."""
+    """Whether the kernels take an input of this dtype; integers are only those of ops that are about them."""
     return dtype in _TRITON_DTYPES or not dtype.is_floating_point
 
 

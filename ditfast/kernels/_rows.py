@@ -35,12 +35,12 @@ def tiling(
 ) -> tuple[int, dict[str, int]]:
     """(chunks per sample, constants of the launch) for programs that hold whole rows of a tensor (B, T, D).
 
-    configs: (largest D, rows of a tile, rows of a program, warps), by D; ValueError for a D beyond the last.
+    configs: (largest D, rows of a tile, rows of a program, warps), by D; ValueError for a D of 0 or beyond the last.
     facts: what a measured config depends on beside the shape.
     """
     B, T, D = shape
-    if configs[-1][0] < D:
-        raise ValueError(f"{op}: D is {D}, the Triton kernels take up to {configs[-1][0]}; use backend='reference'")
+    if not 1 <= D <= configs[-1][0]:
+        raise ValueError(f"{op}: D is {D}, the Triton kernels take 1 to {configs[-1][0]}; use backend='reference'")
     pinned = next(config[1:] for config in configs if config[0] >= D)
     tile, most, warps = pick(f"{op}_{stage}", pinned, shape, *facts)
     per_program = rows_per_program(tile, most, B, T)

@@ -17,7 +17,7 @@ The forward reads x once, the backward x and dy.
 
 import torch
 
-from ._checks import check_dims, check_floating
+from ._checks import check_dims, check_floating, check_number, check_out_dtype
 from ._norm import NORM_BENCH, check_norm, norm_bwd, norm_cases, norm_empty, norm_fwd, norm_ref
 from ._op import Kernels, Op
 from .peers import liger_modulated_norm
@@ -135,10 +135,13 @@ def adaln_modulate(
     shapes that disagree or dtypes that are not floating; BackendError where the backend cannot run.
     """
     tensors = {"x": x, "shift": shift, "scale": scale, "weight": weight}
-    check_dims(_OP.name, DIMS, tensors)
+    check_dims(_OP.name, DIMS, tensors, _OP.optional)
     check_floating(_OP.name, tensors)
     check_norm(_OP.name, norm)
-    return _OP(backend, tuple(tensors.values()), (eps, norm, out_dtype or x.dtype))
+    check_number(_OP.name, "eps", eps)
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    check_out_dtype(_OP.name, out_dtype)
+    return _OP(backend, tuple(tensors.values()), (eps, norm, out_dtype))
 
 
 def rms_norm(

@@ -279,7 +279,7 @@ def adamw_ema(
     ValueError for lists that do not match, BackendError where the backend cannot run.
     """
     scalars = {"steps": steps, "lr": lr, "found_inf": found_inf, "grad_factor": grad_factor, "alphas": alphas}
-    sizes = check_dims(_OP.name, DIMS, scalars)
+    sizes = check_dims(_OP.name, DIMS, scalars, _OP.optional)
     check_floating(_OP.name, scalars)
     flat = [ema for each in emas for ema in each]
     lists = {"weights": weights, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}

@@ -52,7 +52,8 @@ def bin_log_likelihood(x, centered, logvar):
     upper = inverse * (centered + 0.00392156862745098)
     lower = inverse * (centered - 0.00392156862745098)
     width = 0.012515836247888084 * inverse
-    squares = upper * upper + upper * lower + lower * lower
+    # upper^2 + upper lower + lower^2 without infinities of either sign
+    squares = 3.0 * (inverse * centered) * (inverse * centered) + 1.5378700499807768e-05 * inverse * inverse
     upper_image = 1.5957691216057308 * upper * (1.0 + 0.044715 * upper * upper)
     lower_image = 1.5957691216057308 * lower * (1.0 + 0.044715 * lower * lower)
     shrink = tl.exp(-width * (1.0 + 0.044715 * squares))
@@ -61,9 +62,14 @@ def bin_log_likelihood(x, centered, logvar):
     p = tl.where(at_top, 1.0, tl.sigmoid(upper_image)) * tl.where(at_bottom, 1.0, tl.sigmoid(-lower_image)) * inner
 
     # Of an argument's image, -2 d/dlogvar; the slopes of z and z^3 are z and 3 z^3.
-    dupper = 1.5957691216057308 * upper * (1.0 + 0.134145 * upper * upper) * tl.sigmoid(-upper_image)
-    dlower = 1.5957691216057308 * lower * (1.0 + 0.134145 * lower * lower) * tl.sigmoid(lower_image)
+    above, below = tl.sigmoid(-upper_image), tl.sigmoid(lower_image)
+    dupper = 1.5957691216057308 * upper * (1.0 + 0.134145 * upper * upper) * above
+    dlower = 1.5957691216057308 * lower * (1.0 + 0.134145 * lower * lower) * below
     dinner = width * (1.0 + 0.134145 * squares) * shrink / inner
+    # The exponential is the stronger: where it is 0, so is its product with what may be infinite.
+    dupper = tl.where(above == 0.0, 0.0, dupper)
+    dlower = tl.where(below == 0.0, 0.0, dlower)
+    dinner = tl.where(shrink == 0.0, 0.0, dinner)
     slope = tl.where(at_top, 0.0, dupper) - tl.where(at_bottom, 0.0, dlower)
     slope += tl.where(at_top | at_bottom, 0.0, dinner)
     # Not a maximum, which would turn NaN into a number.

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from ._checks import check_dims, check_floating, sample_dims
+from ._checks import check_dims, check_floating, check_number, sample_dims
 from ._op import Kernels, Op
 from ._rows import empty_partials, rows_per_program, sum_partials
 from ._triton import jit, launch, rows, samples, tl
@@ -319,9 +319,12 @@ def diffusion_loss(
     """
     tensors = {"x_0": x_0, "noise": noise, "output": output, "a": a, "b": b, "bound": bound}
     sample = sample_dims(_OP.name, "x_0", x_0)
+    if 0 in x_0.shape[1:]:
+        raise ValueError(f"{_OP.name}: x_0 has shape {tuple(x_0.shape)}, expected (B, C, ...) with C, ... at least 1")
     dims = {"x_0": sample, "noise": sample, "output": sample.replace("C", "K"), "a": "B", "b": "B", "bound": "B 5"}
-    sizes = check_dims(_OP.name, dims, tensors)
+    sizes = check_dims(_OP.name, dims, tensors, _OP.optional)
     check_floating(_OP.name, tensors)
+    check_number(_OP.name, "weight", weight)
     expected = sizes["C"] if bound is None else 2 * sizes["C"]
     if sizes["K"] != expected:
         form = "C channels without a bound" if bound is None else "2C channels with a bound"

@@ -177,7 +177,7 @@ def gate_residual(
     ValueError for shapes that disagree or dtypes that are not floating; BackendError where the backend cannot run.
     """
     tensors = {"x": x, "branch": branch, "gate": gate}
-    check_dims(_OP.name, DIMS, tensors)
+    check_dims(_OP.name, DIMS, tensors, _OP.optional)
     check_floating(_OP.name, tensors)
     return _OP(backend, (x, branch, gate))
 

@@ -22,7 +22,7 @@ their difference as std_v. std is 0 at t = 0. The Euler step of a velocity has n
 
 import torch
 
-from ._checks import check_dims, check_floating
+from ._checks import check_dims, check_floating, check_number
 from ._op import Kernels, Op
 from ._triton import jit, launch, rows, tl
 from .autotune import pick
@@ -225,9 +225,13 @@ def guided_step(
     """
     tensors = {"x": x, "cond": cond, "uncond": uncond, "noise": noise, "coefficients": coefficients}
     space = " ".join(f"S{i}" for i in range(getattr(x, "ndim", 2) - 2))
-    sizes = check_dims(_OP.name, {name: dims.replace("H W", space) for name, dims in DIMS.items()}, tensors)
+    dims = {name: dims.replace("H W", space) for name, dims in DIMS.items()}
+    sizes = check_dims(_OP.name, dims, tensors, _OP.optional)
     check_floating(_OP.name, tensors)
+    check_number(_OP.name, "scale", scale)
     C, N, G = sizes["C"], sizes["N"], sizes.get("G", 1)
+    if C == 0:
+        raise ValueError(f"{_OP.name}: x has shape {tuple(x.shape)}, expected at least one channel")
     if N not in (6, 7):
         raise ValueError(
             f"{_OP.name}: coefficients has shape {tuple(coefficients.shape)}, expected (B, 6), or (B, 7) where the "

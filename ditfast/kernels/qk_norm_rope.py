@@ -316,7 +316,7 @@ def qk_norm_rope(
     if isinstance(qkv, torch.Tensor) and qkv.ndim == 5 and qkv.shape[2] == 3 and num_heads in (None, qkv.shape[3]):
         num_heads, qkv = qkv.shape[3], qkv.flatten(2, 3)
     tensors = dict(zip(DIMS, (qkv, q_weight, k_weight, q_bias, k_bias, cos, sin), strict=True))
-    sizes = check_dims(_OP.name, DIMS, tensors)
+    sizes = check_dims(_OP.name, DIMS, tensors, _OP.optional)
     check_floating(_OP.name, tensors)
     _check_arguments(sizes, tensors, num_heads, norm)
     out = _OP(backend, tuple(tensors.values()), (num_heads, norm, eps, interleaved))

@@ -345,7 +345,7 @@ def swiglu_mlp(
     ValueError for shapes that disagree or dtypes that are not floating; BackendError where the backend cannot run.
     """
     tensors = dict(zip(DIMS, (h, w1, w3, w2, b1, b3, b2), strict=True))
-    check_dims(_OP.name, DIMS, tensors)
+    check_dims(_OP.name, DIMS, tensors, _OP.optional)
     check_floating(_OP.name, tensors)
     given = [tensor for tensor in (w1, w3, w2, b1, b3, b2) if tensor is not None]
     # Without gradients nothing is kept, and gate and up need not be written.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ._checks import check_dims
+from ._checks import check_dims, check_out_dtype
 from ._op import Kernels, Op
 from ._triton import jit, launch, tl
 from .autotune import pick
@@ -175,14 +175,17 @@ def timestep_embedding(
 ) -> torch.Tensor:
     """[cos | sin] embedding (B, dim) of t (B,) in out_dtype (float32 by default).
 
-    ValueError where t has another rank or is not of numbers, dim is below 2 or max_period not positive.
+    ValueError where t has another rank or is not of numbers, dim is below 2, max_period not positive or
+    out_dtype not a floating-point one.
     """
     check_dims(_OP.name, DIMS, {"t": t})
     if t.dtype == torch.bool or t.is_complex():
         raise ValueError(f"{_OP.name}: t has dtype {t.dtype}, expected an integer or floating-point one")
     if dim < 2 or max_period <= 0:
         raise ValueError(f"{_OP.name}: dim is {dim} and max_period {max_period}, expected dim >= 2 and max_period > 0")
-    return _OP(backend, (t,), (dim, max_period, out_dtype or torch.float32))
+    out_dtype = torch.float32 if out_dtype is None else out_dtype
+    check_out_dtype(_OP.name, out_dtype)
+    return _OP(backend, (t,), (dim, max_period, out_dtype))
 
 
 SPEC = OpSpec(

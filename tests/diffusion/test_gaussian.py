@@ -13,6 +13,7 @@ from ditfast.diffusion import (
     create_diffusion,
     get_named_beta_schedule,
 )
+from ditfast.diffusion.gaussian import MOST_CACHED
 
 
 def make(mean=ModelMeanType.EPSILON, var=ModelVarType.FIXED_SMALL, loss=LossType.MSE, steps=50):
@@ -215,3 +216,22 @@ def test_mismatched_shapes(call):
     x, other, t = torch.zeros(2, 1, 2), torch.zeros(2, 1, 3), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="must be equal"):
         make().q_sample(x, t, other) if call == "q_sample" else make().q_posterior_mean_variance(x, other, t)
+
+
+def test_q_sample_of_integers_is_that_of_their_values():
+    process = create_diffusion("10")
+    x, noise, t = torch.arange(6).view(2, 3), torch.randn(2, 3), torch.tensor([0, 9])
+    assert torch.equal(process.q_sample(x, t, noise), process.q_sample(x.float(), t, noise))
+
+
+def test_q_sample_of_samples_without_elements():
+    empty = torch.zeros(1, 4, 0, 8)
+    assert create_diffusion("10").q_sample(empty, torch.zeros(1, dtype=torch.int64)).shape == empty.shape
+
+
+def test_tables_of_many_etas_are_dropped_again():
+    process = create_diffusion("10", learn_sigma=False)
+    x, t = torch.ones(1, 2), torch.zeros(1, dtype=torch.int64)
+    for i in range(MOST_CACHED + 10):
+        process.ddim_sample(lambda x, t: 0 * x, x, t, eta=i / 100)
+    assert len(process._cache) == MOST_CACHED

@@ -136,3 +136,40 @@ def test_bad_shapes(call, message):
 def test_more_channels_than_there_are_guide_all():
     everything, more = (ClassifierFreeGuidance(Network(), 2.0, NULL, channels=n)(X, at(0), Y) for n in (None, 99))
     assert torch.equal(everything, more)
+
+
+class Rescaled(ClassifierFreeGuidance):
+    """A guidance that does more than mix."""
+
+    def __call__(self, x, t, y, **kwargs):
+        return 0.5 * super().__call__(x, t, y, **kwargs)
+
+
+class Wrapper:
+    """What delegates all but the call."""
+
+    def __init__(self, guide):
+        self.guide = guide
+
+    def __getattr__(self, name):
+        return getattr(self.guide, name)
+
+    def __call__(self, x, t, y):
+        return 0.5 * self.guide(x, t, y)
+
+
+@pytest.mark.parametrize("interval", [None, (200, 700)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda interval: Rescaled(Network(), 3.0, NULL, interval=interval),
+        lambda interval: Wrapper(ClassifierFreeGuidance(Network(), 3.0, NULL, interval=interval)),
+    ],
+    ids=["subclass", "wrapper"],
+)
+def test_sampling_goes_through_a_call_of_its_own(make, interval):
+    process = create_diffusion("ddim5")
+    guide = make(interval)
+    options = {"noise": X, "model_kwargs": {"y": Y}}
+    expected = process.ddim_sample_loop(lambda x, t, y: guide(x, t, y), X.shape, **options)
+    assert torch.equal(process.ddim_sample_loop(guide, X.shape, **options), expected)

@@ -227,3 +227,20 @@ def test_chain_does_not_wait_for_the_device(loop):
         sample(lambda x, t: 0.1 * x, noise.shape, noise)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_clamp_may_be_given_by_position_as_officially():
+    process = create_diffusion("5", learn_sigma=False)
+    x, t = 9 * torch.ones(2, 3), torch.full((2,), 4)
+
+    def model(x, t):
+        return 0.1 * x
+
+    for step in (process.p_sample, process.ddim_sample, process.ddim_reverse_sample):
+        clamped, free = (step(model, x, t, clip)["pred_xstart"] for clip in (True, False))
+        assert clamped.abs().max() <= 1 < free.abs().max()
+    for loop in (process.p_sample_loop, process.ddim_sample_loop):
+        torch.manual_seed(0)
+        given = loop(model, (2, 3), x, False)
+        torch.manual_seed(0)
+        assert torch.equal(given, loop(model, (2, 3), x, clip_denoised=False))

@@ -1,5 +1,7 @@
 """Which backend an op takes, what it says when it cannot, and what it says about wrong arguments."""
 
+import inspect
+
 import pytest
 import torch
 from torch.utils._pytree import tree_map_only
@@ -11,14 +13,17 @@ from ditfast.kernels import (
     adaln_modulate,
     backend_of,
     patchify,
+    q_sample,
     timestep_embedding,
     unpatchify,
 )
+from ditfast.kernels._op import Op
 
 SPECS = [pytest.param(spec, id=spec.name) for spec in OPS]
 KERNELS = [pytest.param(spec, id=spec.name) for spec in OPS if "triton" in spec.op.backends]
 ORDERED = [pytest.param(spec, id=spec.name) for spec in OPS if not spec.op.auto]
 PLAIN = [pytest.param(spec, id=spec.name) for spec in OPS if "triton" not in spec.op.backends]
+SPECS_BY_NAME = {spec.name: spec for spec in OPS}
 SHAPES = [pytest.param(spec, name, id=f"{spec.name}-{name}") for spec in OPS for name in spec.dims]
 
 
@@ -162,9 +167,69 @@ def test_unknown_norm_names_those_there_are(spec):
         spec.fn(**{**small(spec), "norm": "batch"})
 
 
+@pytest.mark.parametrize(("spec", "name"), [p for p in SHAPES if p.values[1] not in p.values[0].optional])
+def test_none_for_a_required_tensor_is_an_error_that_names_it(spec, name):
+    with pytest.raises(ValueError, match=rf"{spec.name}: .*\b{name}\b.* is (a NoneType|None), expected"):
+        spec.fn(**{**small(spec), name: None})
+
+
+SECOND = [p for p in SHAPES if p.values[1] not in p.values[0].mutates and p.values[1] != next(iter(p.values[0].dims))]
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float8_e4m3fn))
+@pytest.mark.parametrize(("spec", "name"), SECOND)
+def test_triton_refuses_other_floats_beside_its_own(spec, name, dtype):
+    inputs = small(spec)
+    # An op may want one dtype for all by its own checks, and PyTorch promotes no float8.
+    says = rf"not {dtype}|{name} has dtype {dtype}|Promotion for Float8 Types is not supported"
+    with pytest.raises((ValueError, RuntimeError), match=says):
+        spec.fn(**{**inputs, name: inputs[name].to(dtype)}, backend="triton")
+
+
+def test_float64_beside_float32_is_the_reference_on_a_gpu(monkeypatch):
+    inputs = {name: v.to("meta") for name, v in small(SPECS_BY_NAME["q_sample"]).items()}
+    asked = []
+    monkeypatch.setattr(Op, "choose", lambda op, backend, device, dtype, rest: asked.append(dtype) or "reference")
+    for name in inputs:
+        q_sample(**{**inputs, name: inputs[name].double()})
+    q_sample(**inputs)
+    assert asked == [torch.float64] * 4 + [torch.float32]
+
+
+@pytest.mark.parametrize("spec", [p for p in SPECS if "out_dtype" in inspect.signature(p.values[0].fn).parameters])
+def test_out_dtype_must_be_a_floating_one_that_the_backend_makes(spec):
+    for wrong in (torch.int32, "float32"):
+        for backend in ("reference", "triton"):
+            with pytest.raises(ValueError, match=rf"{spec.name}: out_dtype is .*expected a floating-point torch.dtype"):
+                spec.fn(**small(spec), out_dtype=wrong, backend=backend)
+    with pytest.raises(BackendError, match="not torch.float64"):
+        spec.fn(**small(spec), out_dtype=torch.float64, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    (
+        ("adaln_modulate", "eps"),
+        ("gate_residual_adaln_modulate", "eps"),
+        ("guided_step", "scale"),
+        ("diffusion_loss", "weight"),
+    ),
+)
+def test_a_number_that_is_none_is_named(op, name):
+    spec = SPECS_BY_NAME[op]
+    with pytest.raises(ValueError, match=rf"{op}: {name} is '1', expected a number"):
+        spec.fn(**{**small(spec), name: "1"}, backend="triton")
+
+
+def test_no_columns_are_an_error(device):
+    x, m = torch.zeros(2, 3, 0, device=device), torch.zeros(2, 0, device=device)
+    with pytest.raises(ValueError, match="D is 0, the Triton kernels take 1 to 8192; use backend='reference'"):
+        adaln_modulate(x, m, m, backend="triton")
+
+
 def test_width_beyond_the_kernels_is_an_error(device):
     x, m = torch.zeros(1, 1, 8193, device=device), torch.zeros(1, 8193, device=device)
-    with pytest.raises(ValueError, match="D is 8193, the Triton kernels take up to 8192; use backend='reference'"):
+    with pytest.raises(ValueError, match="D is 8193, the Triton kernels take 1 to 8192; use backend='reference'"):
         adaln_modulate(x, m, m, backend="triton")
 
 

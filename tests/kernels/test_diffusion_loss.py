@@ -1,5 +1,7 @@
 """What `diffusion_loss` and `q_sample` read, refuse and let through, beside what all ops are tested for."""
 
+import math
+
 import pytest
 import torch
 
@@ -93,3 +95,19 @@ def test_gradient_of_a_constant_is_for_the_reference(name, inputs, device):
 def test_bad_input_says_what_was_expected(name, change, message, inputs):
     with pytest.raises(ValueError, match=message):
         diffusion_loss(**{**inputs, name: change(inputs[name])})
+
+
+@pytest.mark.parametrize("logvar", (-72.0, -87.0, -120.0))
+@pytest.mark.parametrize("shift", (0.0, 0.003, 0.5))
+def test_vanishing_variances_have_no_nan(logvar, shift, device):
+    """z^3 is beyond float32, and the likelihood flat: 0 for a mean in the bin, that of the clamp for one outside."""
+    x_0 = torch.tensor([-1.0, 0.2, 1.0], device=device).view(1, 3, 1, 1)
+    output = torch.cat([x_0 + shift, torch.full_like(x_0, logvar)], dim=1).requires_grad_()
+    bound = torch.tensor([[1.0, logvar, 0.0, 1.0, 1.0]], device=device)
+    one = torch.ones(1, device=device)
+    _, vb = diffusion_loss(output, x_0, x_0, one, 0 * one, bound, backend="triton")
+    (grad,) = torch.autograd.grad(vb.sum(), output)
+    # The end bins reach to infinity on one side: a mean half the range above lies in that of 1.
+    outside = 2 if shift == 0.5 else 0
+    expected = torch.full_like(vb, -math.log2(1e-12) * outside / 3)
+    torch.testing.assert_close((vb, grad), (expected, torch.zeros_like(grad)))

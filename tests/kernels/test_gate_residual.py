@@ -1,9 +1,11 @@
 """What is particular to the gated residual, alone and with the norm: what is kept, what is normed, absent gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from ditfast.kernels import gate_residual, gate_residual_adaln_modulate
+from ditfast.kernels import adaln_modulate, gate_residual, gate_residual_adaln_modulate
 
 
 @pytest.fixture
@@ -67,3 +69,18 @@ def test_an_output_that_is_not_used_has_no_gradient(used, draw):
         results[backend] = torch.autograd.grad(out.square().sum(), inputs, allow_unused=True)
     for result, expected in zip(*results.values(), strict=True):
         torch.testing.assert_close(result, torch.zeros_like(result) if expected is None else expected)
+
+
+@pytest.mark.parametrize("norm", ("layer", "rms"))
+def test_a_norm_whose_squares_overflow_shows_it(norm, device):
+    x = torch.ones(1, 2, 48, device=device)
+    x[0, 0, 0] = 2e19
+    (x_new, y), plain = (
+        op(norm=norm, backend="triton")
+        for op in (
+            partial(gate_residual_adaln_modulate, x, torch.zeros_like(x), None, None, None),
+            partial(adaln_modulate, x, None, None),
+        )
+    )
+    assert torch.equal(x_new, x) and y[0, 0].isnan().all() and plain[0, 0].isnan().all()
+    assert y[0, 1].isfinite().all() and plain[0, 1].isfinite().all()

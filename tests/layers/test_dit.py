@@ -321,17 +321,21 @@ def test_triton_kernels_in_the_whole_model(precision, monkeypatch):
             monkeypatch.setattr(
                 Op, "choose", lambda op, asked, *rest: "triton" if op.kernels else choose(op, asked, *rest)
             )
+        x, t, y = batch(model)
         with PRECISIONS[precision].autocast("cpu"):
-            out = model(*batch(model))
+            out = model(x, t, y)
         out.float().square().sum().backward()
         outcomes[backend] = torch.cat([out.flatten().float(), model.blocks[0].attn.qkv.weight.grad.flatten().float()])
     monkeypatch.undo()
     model = randomized(**heads).double()
-    out = model(*batch(model))
+    # Of integer timesteps the model would take the sines in float32, as PyTorch's do; the kernel's are exact.
+    out = model(x.double(), t.double(), y)
     out.square().sum().backward()
     exact = torch.cat([out.flatten(), model.blocks[0].attn.qkv.weight.grad.flatten()])
     errors = {backend: (value - exact).norm() for backend, value in outcomes.items()}
-    assert errors["triton"] <= 1.2 * errors["reference"] + ROUNDING * exact.norm()
+    assert errors["triton"] <= 1.2 * errors["reference"]
+    if precision == "fp32":  # the reference errs by 4e-6 because of those sines
+        assert errors["triton"] <= 1e-6 * exact.norm()
 
 
 @pytest.mark.parametrize("block", BLOCK_VARIANTS)
