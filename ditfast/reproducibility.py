@@ -10,7 +10,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from ditfast import kernels
+from ditfast.kernels.autotune import using_tuned
 
 
 def seed_everything(seed: int) -> None:
@@ -42,11 +42,8 @@ def measured_configs(path: str | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    kernels.use_tuned(path)
-    try:
+    with using_tuned(path):
         yield
-    finally:
-        kernels.use_pinned()
 
 
 def generator_for(seed: int, purpose: str, number: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -32,16 +32,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     specs = [spec for spec in OPS if not options.op or spec.name in options.op]
     try:
         if options.command == "tune":
+            options.cache.parent.mkdir(parents=True, exist_ok=True)
+            _probe(options.cache)
+        elif options.json:
+            _probe(options.json)
+        if options.command == "tune":
             return _tune(specs, options)
         tool: Any = {"check": check, "traffic": traffic}[options.command]
         rows: list[Any] = list(check.check(specs, options.arch) if tool is check else traffic.traffic(specs))
-    except (RuntimeError, ValueError) as error:
+        print(tool.table(rows))
+        if options.json:
+            options.json.write_text(json.dumps(tool.as_json(rows), indent=1) + "\n")
+    except (OSError, RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    print(tool.table(rows))
-    if options.json:
-        options.json.write_text(json.dumps(tool.as_json(rows), indent=1) + "\n")
     return 0 if all(row.ok for row in rows) else 1
+
+
+def _probe(path: Path) -> None:
+    """OSError where this file cannot be written: before minutes of work, not after."""
+    there = path.exists()
+    path.open("a").close()
+    if not there:
+        path.unlink()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,11 +7,13 @@ can address them, and the loads of a tile start under the epilogue of the one be
 Products of bfloat16 and float16 run on the tensor cores, those of fp32 are IEEE and never TF32; all are summed in fp32.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ._triton import capability, descriptor, jit, launch, tl
+from .autotune import pick
 
 
 class Tiles(NamedTuple):
@@ -47,8 +49,13 @@ SMALL = Tiles(64, 32, 32, 8, 2, 4)
 WIDE_GAIN = 1.1
 
 
-def tiles_for(M: int, N: int, *operands: torch.Tensor, further: int = 0) -> Tiles:
-    """The tiles of an (M, N) product; `further` tiles are held by the epilogue besides the sums."""
+def tiles_for(M: int, N: int, *operands: torch.Tensor, further: int = 0, kernel: str = "gemm") -> Tiles:
+    """The tiles of an (M, N) product, pinned or measured; the kernel's epilogue holds `further` beside the sums."""
+    pinned = _pinned(M, N, operands, further)
+    return Tiles(*pick(kernel, pinned, *operands, further, *map(_is_turned, operands)))
+
+
+def _pinned(M: int, N: int, operands: Sequence[torch.Tensor], further: int) -> Tiles:
     if min(M, N) <= 64:
         return SMALL
     if operands[0].dtype == torch.float32:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from ._rows import empty_partials, laid_out, sum_partials, tiling
 from ._triton import jit, launch, tl
-from .spec import XL_CASES, XL_SIZES, Case, token_cases
+from .spec import XL_SIZES, Case, token_cases
 
 NORMS = ("layer", "rms")
 Configs = tuple[tuple[int, int, int, int], ...]
@@ -368,6 +368,8 @@ def norm_cases() -> tuple[Case, ...]:
         *(replace(case, absent=("weight",)) for case in token_cases()),
         Case("weight", sizes),
         Case("rms", {"B": 2, "T": 17, "D": 1152}, rms, absent=("weight",)),
+        Case("official", {"B": 3, "T": 18, "D": 96}, mixed=True, absent=("weight",), dtypes=("out_dtype",)),
+        Case("rms_official", {"B": 2, "T": 17, "D": 1152}, rms, mixed=True, dtypes=("out_dtype",)),
         Case("rms_mixed_strided", {"B": 3, "T": 18, "D": 72}, rms, mixed=True, strided=True),
         Case("rms_no_shift", sizes, rms, absent=("shift",)),
         Case("rms_no_scale", sizes, rms, absent=("scale",)),
@@ -381,7 +383,9 @@ def norm_cases() -> tuple[Case, ...]:
 
 # LightningDiT and LargeDiT have RMSNorm with a weight.
 NORM_BENCH = (
-    *(replace(case, absent=("weight",)) for case in XL_CASES if case.name != "LargeDiT-3B"),
+    Case("DiT-XL/2", XL_SIZES, absent=("weight",)),
+    Case("DiT-XL/2 official", XL_SIZES, mixed=True, absent=("weight",), dtypes=("out_dtype",)),
     Case("LightningDiT-XL", XL_SIZES, {"norm": "rms"}),
     Case("LargeDiT-3B", XL_SIZES | {"D": 3072}, {"norm": "rms"}),
+    Case("LargeDiT-3B official", XL_SIZES | {"D": 3072}, {"norm": "rms"}, mixed=True, dtypes=("out_dtype",)),
 )

@@ -221,7 +221,9 @@ def _adamw_ema(*args: Any) -> None:
     steps, lr, found_inf, grad_factor, alphas = scalars
     n, numels = len(weights), tuple(w.numel() for w in weights)
     kinds = (grads[0].dtype, copies[0].dtype if copies else None)
-    span, block, warps = pick("adamw_ema_update", CONFIG, sum(numels), n, len(emas) // n, *kinds)
+    # How many tensors there are changes little, and by name and by the byte no two models would be alike.
+    size = f"below 2^{sum(numels).bit_length()}"
+    span, block, warps = pick("adamw_ema_update", CONFIG, size, len(emas) // n, *kinds)
     groups = (weights, grads, exp_avgs, exp_avg_sqs, emas, copies)
     addresses = tuple(t.data_ptr() for group in groups for t in group)
     tables = look_up(_tables, numels, addresses, tuple(decays), span, steps.device)

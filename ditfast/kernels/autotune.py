@@ -9,8 +9,8 @@ the last bits; equal choices give equal bits.
 
 import json
 import logging
+import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -27,9 +27,13 @@ Config = tuple[int, ...]
 
 CACHE = Path.home() / ".cache" / "ditfast" / "tuned.json"
 VERSION = 1
+MAX_WARPS = 32
+MAX_SIZE = 2**20
 log = logging.getLogger("ditfast.kernels")
 
 _choices: dict[str, Config] = {}
+_measured: set[str] | None = None  # of the file in use, pinned ones too; None where no file is
+_missed: set[str] = set()
 _asked: dict[str, Config] | None = None
 
 
@@ -60,11 +64,16 @@ class Choice:
 
 def pick(kernel: str, pinned: Config, *facts: Any) -> Config:
     """The config of a launch: `pinned`, or what was measured for this kernel and these tensors, sizes and dtypes."""
-    if not _choices and _asked is None:
+    if not _choices and _asked is None and _measured is None:
         return pinned
     key = f"{kernel}({', '.join(map(_name, facts))})"
     if _asked is not None:
         _asked[key] = pinned
+    elif _measured is not None and key not in _measured | _missed:
+        _missed.add(key)
+        log.warning(
+            "no measured config of %s: it stays at %s; `python -m ditfast.kernels tune` takes --sizes", key, pinned
+        )
     return _choices.get(key, pinned)
 
 
@@ -102,21 +111,36 @@ def use_tuned(path: str | Path | None = None) -> dict[str, Config]:
     """Use the measured configs in a file (CACHE by default) from now on in this process; returns those not pinned.
 
     In a torch.distributed group every process calls this, and all take what process 0 reads. Each choice that differs
-    from the pinned config is logged; choices for another GPU, Triton or source are left out, with a warning.
-    ValueError where the file is not there or is damaged.
+    from the pinned config is logged; choices for another GPU, Triton or source are left out, with a warning, and so is
+    said once of each launch that the file has no choice for. ValueError where the file is not there or is damaged.
     """
-    global _choices
+    global _choices, _measured
     file = Path(path or CACHE).expanduser()
-    choices = [c for c in _from_rank_0(lambda: _fitting(file)) if c.config != c.pinned]
+    found = _from_rank_0(lambda: _fitting(file))
+    choices = [choice for choice in found if choice.config != choice.pinned]
     for choice in choices:
         log.info("measured config of %s", choice)
-    _choices = {choice.key: choice.config for choice in choices}
+    _choices, _measured = {choice.key: choice.config for choice in choices}, {choice.key for choice in found}
+    _missed.clear()
     return dict(_choices)
 
 
 def use_pinned() -> None:
     """Go back to the pinned configs."""
-    _choices.clear()
+    global _choices, _measured
+    _choices, _measured = {}, None
+
+
+@contextmanager
+def using_tuned(path: str | Path) -> Iterator[None]:
+    """`use_tuned` for the block, and then what was in use before."""
+    global _choices, _measured
+    before = _choices, _measured
+    use_tuned(path)
+    try:
+        yield
+    finally:
+        _choices, _measured = before
 
 
 def tuned_in_use() -> dict[str, Config]:
@@ -132,7 +156,7 @@ def known(path: Path) -> set[str]:
 
 
 def _from_rank_0(load: Callable[[], list[Choice]]) -> list[Choice]:
-    """What `load` gives in process 0, or its ValueError, in all."""
+    """What `load` gives in process 0, or its error, in all: the others would wait for one that has left."""
     if not (dist.is_available() and dist.is_initialized()):
         return load()
     found: list[Any] = [None]
@@ -140,9 +164,11 @@ def _from_rank_0(load: Callable[[], list[Choice]]) -> list[Choice]:
         try:
             found = [load()]
         except ValueError as error:
-            found = [error]
+            found = [ValueError(str(error))]
+        except Exception as error:
+            found = [RuntimeError(f"measured configs: {error!r}")]  # Not every error can be sent.
     dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], ValueError):
+    if isinstance(found[0], Exception):
         raise found[0]
     return found[0]
 
@@ -188,11 +214,11 @@ def read(path: Path) -> list[Choice]:
         tree = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise ValueError(f"there are no measured configs at {path}: {remedy}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read measured configs from {path}: {error}; delete it and {remedy}") from error
     try:
         if tree["version"] != VERSION:
-            raise ValueError(f"it is of version {tree['version']}, expected {VERSION}")
+            raise ValueError(f"version is {tree['version']!r}, expected {VERSION}")
         return [_choice(entry) for entry in tree["choices"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold measured configs: {error!r}; delete it and {remedy}") from error
@@ -201,21 +227,44 @@ def read(path: Path) -> list[Choice]:
 def _choice(entry: dict[str, Any]) -> Choice:
     """A Choice from its JSON; KeyError, TypeError or ValueError where it is none."""
     values = {field.name: entry[field.name] for field in fields(Choice)}
-    for name in ("pinned", "config"):
-        config = values[name] = tuple(values[name])
-        if not config or any(type(number) is not int or number < 1 for number in config):
-            raise ValueError(f"{name} of {values['key']} is {config}, expected positive whole numbers")
-    if len(values["config"]) != len(values["pinned"]):
-        raise ValueError(f"config of {values['key']} is {values['config']}, the pinned one {values['pinned']}")
-    return Choice(**values)
+    for field in fields(Choice):
+        value, expected = values[field.name], ""
+        if field.type is str:
+            expected = "" if isinstance(value, str) else "text"
+        elif field.type is float:
+            expected = "" if type(value) in (int, float) and 0 < value < math.inf else "milliseconds"
+        elif not (isinstance(value, list) and value and all(type(n) is int and 0 < n <= MAX_SIZE for n in value)):
+            expected = f"whole numbers from 1 to {MAX_SIZE}"
+        if expected:
+            raise ValueError(f"{field.name} is {value!r:.80}, expected {expected}")
+    pinned, config = values["pinned"], values["config"]
+    if len(config) != len(pinned) or config[-1] > MAX_WARPS or any(map(_is_astray, config, pinned)):
+        raise ValueError(
+            f"config is {config}, expected one like {pinned}: its numbers or powers of two, at most {MAX_WARPS} warps"
+        )
+    return Choice(**values | {"pinned": tuple(pinned), "config": tuple(config)})
+
+
+def _is_astray(number: int, pinned: int) -> bool:
+    """Whether a number is neither a power of two nor the pinned one, halved or doubled."""
+    return number // (number & -number) not in (1, pinned // (pinned & -pinned))
 
 
 def write(path: Path, choices: Sequence[Choice]) -> None:
-    """Add choices to a file, in place of those of the same key and machine; the file is whole at any moment."""
-    kept = {(c.key, _at(c)): c for c in (*(read(path) if path.exists() else ()), *choices)}
-    entries = [asdict(choice) for _, choice in sorted(kept.items())]
+    """Add choices to a file, in place of those of the same key and machine; the file is whole at any moment.
+
+    A lock beside it, `path`.lock, lets processes that write at once take turns.
+    """
+    import fcntl  # Here, since not every system that can import the package has it.
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-        json.dump({"version": VERSION, "choices": entries}, file, indent=1)
-        file.write("\n")
-    os.replace(file.name, path)
+    beside = path.with_name(f"{path.name}.new")
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kept = {(c.key, _at(c)): c for c in (*(read(path) if path.exists() else ()), *choices)}
+        entries = [asdict(choice) for _, choice in sorted(kept.items())]
+        try:
+            beside.write_text(json.dumps({"version": VERSION, "choices": entries}, indent=1) + "\n")
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)

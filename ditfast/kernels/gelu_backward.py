@@ -20,6 +20,7 @@ from ._checks import check_contiguous, check_dims, check_floating
 from ._op import InPlace, Op
 from ._rows import block_tiling, empty_partials, sum_partials
 from ._triton import jit, launch, tl
+from .autotune import pick
 from .spec import Case, OpSpec
 
 DIMS = {"grad": "M F", "pre": "M F", "act": "M F", "dbias": "F"}
@@ -68,7 +69,7 @@ def _gelu_backward_kernel(
 
 def _gelu_backward(grad: torch.Tensor, pre: torch.Tensor, act: torch.Tensor, dbias: torch.Tensor) -> None:
     M, width = grad.shape
-    chunks, programs, meta = block_tiling(CONFIG, 1, M, width)
+    chunks, programs, meta = block_tiling(pick("gelu_backward", CONFIG, grad, pre), 1, M, width)
     partial = empty_partials(1, chunks, 1, width, grad.device)
     launch(_gelu_backward_kernel, programs, grad, pre, act, partial, M, **meta)
     sum_partials(partial, dbias.view(1, width))

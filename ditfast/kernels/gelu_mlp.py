@@ -218,7 +218,7 @@ def _gelu_mlp_fwd(
     rows, w1, w2 = matrix(h, compute), w1.to(compute), w2.to(compute)
     (M, K), N = rows.shape, w1.shape[0]
     act = h.new_empty((M, N), dtype=compute)
-    tiles = tiles_for(M, N, rows, w1.T)
+    tiles = tiles_for(M, N, rows, w1.T, kernel="gelu_mlp_fwd")
     args, meta = operands(tiles, (rows, w1.T))
     args = [act, None if recompute else pre, b1, M, N, K, b1.stride(0), *args]
     launch(_gelu_mlp_fwd_kernel, programs(tiles, M, N, h.device), *args, **meta)
@@ -244,7 +244,7 @@ def _gelu_mlp_bwd(
         pre = h.new_empty((M, N), dtype=compute)
         gemm(pre, (rows, w1.T), bias=b1)
     dpre, act = torch.empty_like(pre), torch.empty_like(pre)
-    tiles = tiles_for(M, N, dy, w2, further=1)
+    tiles = tiles_for(M, N, dy, w2, further=1, kernel="gelu_mlp_bwd")
     partial = empty_partials(1, -(-M // tiles.m), 1, N, h.device)
     args, meta = operands(tiles, (dy, w2))
     args = [dpre, act, pre, partial, M, N, K, *args]

@@ -61,8 +61,8 @@ def random_douts(outputs: Tensors, generator: torch.Generator) -> list[torch.Ten
 def oracle(spec: OpSpec, inputs: Mapping[str, Any], douts: list[torch.Tensor]) -> Tensors:
     """What `run` would give in float64 throughout, from the same rounded inputs."""
     exact = tree_map_only(torch.Tensor, torch.Tensor.double, dict(inputs))
-    if "out_dtype" in inspect.signature(spec.fn).parameters:
-        exact["out_dtype"] = torch.float64
+    parameters = inspect.signature(spec.fn).parameters
+    exact |= {name: torch.float64 for name in ("out_dtype", "compute_dtype") if name in parameters}
     integers = [k for k in spec.integers if not inputs[k].is_floating_point()]
     results = run(spec, exact, "reference", [dout.double() for dout in douts])
     return {k: v for k, v in results.items() if k.removeprefix("d") not in integers}

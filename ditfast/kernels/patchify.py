@@ -14,6 +14,9 @@ pos_embed and weight, which else would cost as much traffic as the tokens. The b
 multiplies of the library: it runs once a step over B T D elements, and pos_embed and x need no gradient in a DiT.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
@@ -23,7 +26,7 @@ from ._op import Kernels, Op
 from ._rows import rows_per_program
 from ._triton import jit, launch, rows, tl
 from .autotune import pick
-from .spec import Case, OpSpec
+from .spec import Case, OpSpec, square
 
 DIMS = {"x": "B C H W", "weight": "D C p p", "bias": "D", "pos_embed": "1 T D"}
 # (tokens and columns of a tile, most inputs of a dot, samples of a program, warps). Not measured on a chip yet.
@@ -201,10 +204,12 @@ def patchify(
     bias: torch.Tensor,
     pos_embed: torch.Tensor,
     *,
+    compute_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Tokens (B, T, D) of x (B, C, H, W); weight (D, C, p, p), bias (D), pos_embed (1, T, D) with T = (H / p) (W / p).
 
+    The linear computes in compute_dtype, by default autocast's, else the wider of x's and weight's.
     ValueError for shapes that disagree, an image that p does not divide, or dtypes that are not floating.
     """
     tensors = {"x": x, "weight": weight, "bias": bias, "pos_embed": pos_embed}
@@ -218,10 +223,21 @@ def patchify(
             f"{_OP.name}: pos_embed has {sizes['T']} tokens, expected {(H // p) * (W // p)} for a {H} x {W} input in "
             f"patches of {p}; build the model for this input size"
         )
-    compute = linear_dtype(x, weight)
+    compute = compute_dtype or linear_dtype(x, weight)
     return _OP(backend, (x, weight, bias, pos_embed), (compute, torch.promote_types(compute, pos_embed.dtype)))
 
 
+def _resize(case: Case, sizes: Mapping[str, int]) -> Case:
+    """H, W and T follow from each other: from T a square image."""
+    new = {**case.sizes, **sizes}
+    if "T" in sizes and not sizes.keys() & {"H", "W"}:
+        new["H"] = new["W"] = square(new["T"]) * new["p"]
+    elif "T" not in sizes:
+        new["T"] = (new["H"] // new["p"]) * (new["W"] // new["p"])
+    return replace(case, sizes=new)
+
+
+_WIDE = ("x", "weight", "bias")
 _XL = {"B": 256, "C": 4, "H": 32, "W": 32, "p": 2, "T": 256, "D": 1152}
 
 SPEC = OpSpec(
@@ -232,6 +248,13 @@ SPEC = OpSpec(
         Case("odd", {"B": 3, "C": 3, "H": 6, "W": 10, "p": 2, "T": 15, "D": 24}),
         Case("strided", {"B": 2, "C": 4, "H": 8, "W": 4, "p": 4, "T": 2, "D": 33}, strided=True),
         Case("mixed", {"B": 2, "C": 3, "H": 8, "W": 6, "p": 2, "T": 12, "D": 40}, mixed=True),
+        Case(
+            "official",
+            {"B": 3, "C": 3, "H": 6, "W": 10, "p": 2, "T": 15, "D": 40},
+            mixed=True,
+            float32=_WIDE,
+            dtypes=("compute_dtype",),
+        ),
         # More samples than one program takes, more inputs than one dot, more tokens and columns than one tile.
         Case("tiles", {"B": 19, "C": 3, "H": 10, "W": 70, "p": 5, "T": 28, "D": 130}),
         Case("many_tokens", {"B": 2, "C": 1, "H": 18, "W": 16, "p": 2, "T": 72, "D": 16}),
@@ -239,11 +262,12 @@ SPEC = OpSpec(
     ),
     bench=(
         Case("DiT-XL/2", _XL),
-        Case("DiT-XL/2 official", _XL, mixed=True),
+        Case("DiT-XL/2 official", _XL, mixed=True, float32=_WIDE, dtypes=("compute_dtype",)),
         Case("LargeDiT-3B", _XL | {"D": 3072}),
     ),
     stream=("pos_embed",),
     traffic=(Case("DiT-XL/2, 16 samples", _XL | {"B": CONFIG[3]}),),
+    resize=_resize,
     flops=lambda inputs: 2 * inputs["x"].numel() * inputs["weight"].shape[0],
     shard=("B",),
 )

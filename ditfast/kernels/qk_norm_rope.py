@@ -31,6 +31,7 @@ from ._heads import load_angles, load_pairs, load_parameter, norm_pairs, section
 from ._op import Kernels, Op
 from ._rows import empty_partials, rows_per_program, sum_partials
 from ._triton import jit, launch, rows, tl
+from .autotune import pick
 from .spec import Case, OpSpec
 
 DIMS = {
@@ -225,16 +226,17 @@ def _qk_norm_rope_bwd_kernel(
         store_pairs(at + 2 * HALF, dbias_a, dbias_b, one < 2 - section, HALF, PAIRS, INTERLEAVED)
 
 
-def _tiling(qkv: torch.Tensor, num_heads: int, norm: str, interleaved: bool) -> tuple[int, dict[str, Any]]:
+def _tiling(kernel: str, qkv: torch.Tensor, num_heads: int, norm: str, interleaved: bool) -> tuple[int, dict[str, Any]]:
     """(chunks of tokens per sample, constants of the launch)."""
     B, T, N, head_dim = qkv.shape
     if head_dim > 256:
         raise ValueError(f"{_OP.name}: head_dim is {head_dim}, the kernels take up to 256; use backend='reference'")
-    per_program = rows_per_program(BLOCK_T, ROWS, 3 * B, T)
+    tile, most, warps = pick(kernel, (BLOCK_T, ROWS, WARPS), qkv, num_heads, norm, interleaved)
+    per_program = rows_per_program(tile, most, 3 * B, T)
     half = head_dim // 2
     return -(-T // per_program), {
         **{"HEADS": num_heads, "KV_HEADS": (N - num_heads) // 2, "HALF": half, "PAIRS": 1 << (half - 1).bit_length()},
-        **{"NORM": norm, "INTERLEAVED": interleaved, "BLOCK_T": BLOCK_T, "ROWS": per_program, "num_warps": WARPS},
+        **{"NORM": norm, "INTERLEAVED": interleaved, "BLOCK_T": tile, "ROWS": per_program, "num_warps": warps},
     }
 
 
@@ -249,7 +251,7 @@ def _qk_norm_rope_empty(qkv: torch.Tensor, *rest: Any) -> tuple[torch.Tensor]:
 
 def _qk_norm_rope_fwd(results: tuple[torch.Tensor, ...], qkv: torch.Tensor, *rest: Any) -> None:
     *others, num_heads, norm, eps, interleaved = rest
-    chunks, meta = _tiling(qkv, num_heads, norm, interleaved)
+    chunks, meta = _tiling("qk_norm_rope_fwd", qkv, num_heads, norm, interleaved)
     qkv, others = rows(qkv), [_dense(other) for other in others]
     strides = (*qkv.stride()[:3], *(0 if table is None else table.stride(0) for table in others[4:]))
     args = (qkv, *others, *results, qkv.shape[1], chunks, eps, *strides)
@@ -259,7 +261,7 @@ def _qk_norm_rope_fwd(results: tuple[torch.Tensor, ...], qkv: torch.Tensor, *res
 def _qk_norm_rope_bwd(grads: tuple[torch.Tensor, ...], dout: torch.Tensor, qkv: torch.Tensor, *rest: Any) -> None:
     *others, num_heads, norm, eps, interleaved = rest
     B, T, _, head_dim = qkv.shape
-    chunks, meta = _tiling(qkv, num_heads, norm, interleaved)
+    chunks, meta = _tiling("qk_norm_rope_bwd", qkv, num_heads, norm, interleaved)
     dout, qkv, parameters = rows(dout), rows(qkv), others[:4]
     weights, tables = [_dense(w) for w in others[:2]], [_dense(table) for table in others[4:]]
     graded = any(parameter is not None for parameter in parameters)

@@ -1,6 +1,7 @@
 """OpSpec: what there is to know about an op, once; tests, checks, benches and tables derive from it."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ class Case:
     mixed    the stream's tensors are float32, the others in the suite's dtype (the dtypes of official autocast)
     strided  every tensor is a view into a larger one: its last dim dense, the other strides and the offset odd
     absent   the optional inputs that are None
+    float32  further inputs that are float32
+    dtypes   further arguments that are the suite's dtype
     floats   the inputs that hold integers come as floats, and have gradients
     full     breadth, for the full test run only
     """
@@ -30,6 +33,8 @@ class Case:
     mixed: bool = False
     strided: bool = False
     absent: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
     floats: bool = False
     full: bool = False
 
@@ -55,6 +60,7 @@ class OpSpec:
     inputs      makes the inputs, in place of `dims`: of (case, dtype, device, generator)
     traffic     what the traffic count runs, where the benches with two samples are not representative or too large
     limits      those of traffic.LIMITS that an op is above by design, with a reason
+    resize      makes a case with other sizes, of (case, sizes), where others follow from them; ValueError for none
     slack       by how much the RMS error of a tensor may exceed the parity budget, where the method rounds once more
     """
 
@@ -78,6 +84,7 @@ class OpSpec:
     traffic: tuple[Case, ...] | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
     slack: Mapping[str, float] = field(default_factory=dict)
+    resize: Callable[[Case, Mapping[str, int]], Case] | None = None
 
     @property
     def name(self) -> str:
@@ -112,12 +119,12 @@ class OpSpec:
             if name in self.integers and not case.floats:
                 values = torch.randint(self.integers[name], room, device=device, generator=generator)
             else:
-                wide = (*self.float32, *self.stream) if case.mixed else self.float32
+                wide = (*self.float32, *case.float32, *(self.stream if case.mixed else ()))
                 kind = torch.float32 if name in wide else dtype
                 # A mean that is not zero and a variance that is not one, so that forgetting either shows.
                 values = (0.25 + 0.5 * torch.randn(room, device=device, generator=generator)).to(kind)
             inputs[name] = None if name in case.absent else values[view]
-        return inputs | dict(case.kwargs)
+        return inputs | dict(case.kwargs) | dict.fromkeys(case.dtypes, dtype)
 
     def graded(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The tensors among the inputs that every backend has the gradient of."""
@@ -178,6 +185,13 @@ class RawCalls(TorchDispatchMode):
         if func.namespace == "ditfast":
             self.made.append((func, args))
         return func(*args, **(kwargs or {}))
+
+
+def square(tokens: int) -> int:
+    """Tokens along a side of a square image; ValueError where there is no such."""
+    if (side := math.isqrt(tokens)) ** 2 != tokens:
+        raise ValueError(f"{tokens} tokens are no square image")
+    return side
 
 
 def _named(func: Any, args: tuple[Any, ...]) -> dict[str, torch.Tensor]:

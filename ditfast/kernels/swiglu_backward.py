@@ -20,6 +20,7 @@ from ._checks import check_contiguous, check_dims, check_floating
 from ._op import InPlace, Op
 from ._rows import block_tiling, empty_partials, sum_partials
 from ._triton import jit, launch, tl
+from .autotune import pick
 from .spec import Case, OpSpec
 
 DIMS = {"grad": "M F", "gate": "M F", "up": "M F", "dgate": "M F", "dup": "M F", "dbias1": "F", "dbias3": "F"}
@@ -94,7 +95,7 @@ def _swiglu_backward(
     dbias3: torch.Tensor,
 ) -> None:
     M, width = grad.shape
-    chunks, programs, meta = block_tiling(CONFIG, 1, M, width)
+    chunks, programs, meta = block_tiling(pick("swiglu_backward", CONFIG, grad, gate), 1, M, width)
     partial = empty_partials(1, chunks, 2, width, grad.device)
     launch(_swiglu_backward_kernel, programs, grad, gate, up, dgate, dup, partial, M, **meta)
     sum_partials(partial, dbias1.view(1, width), dbias3.view(1, width))

@@ -262,7 +262,7 @@ def _swiglu_mlp_fwd(
     (M, K), N = rows.shape, w1.shape[0]
     act = h.new_empty((M, N), dtype=compute)
     pairs = (rows, w1.T), (rows, w3.T)
-    tiles = tiles_for(M, N, rows, w1.T, rows, w3.T, further=1)
+    tiles = tiles_for(M, N, rows, w1.T, rows, w3.T, further=1, kernel="swiglu_mlp_fwd")
     args, meta = operands(tiles, *pairs)
     kept = (None, None) if recompute else (gate, up)
     args = [act, *kept, b1, b3, M, N, K, *(0 if b is None else b.stride(0) for b in (b1, b3)), *args]
@@ -293,7 +293,7 @@ def _swiglu_mlp_bwd(
         gemm(gate, (rows, w1.T), bias=b1)
         gemm(up, (rows, w3.T), bias=b3)
     dgate, dup, act = (torch.empty_like(gate) for _ in range(3))
-    tiles = tiles_for(M, N, dy, w2, further=2)
+    tiles = tiles_for(M, N, dy, w2, further=2, kernel="swiglu_mlp_bwd")
     biased = b1 is not None or b3 is not None
     partial = empty_partials(1, -(-M // tiles.m), 2, N, h.device) if biased else None
     args, meta = operands(tiles, (dy, w2))

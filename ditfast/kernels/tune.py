@@ -16,13 +16,12 @@ import torch
 
 from . import _triton, autotune, check, parity
 from ._source import source_hash
-from .autotune import Choice, Config
+from .autotune import MAX_WARPS, Choice, Config
 from .spec import Case, OpSpec, RawCalls
 
 MARGIN = 0.02  # what is faster by less is within the scatter, and not worth other bits
 HOPS = 4
 ROUNDS = 40
-MAX_WARPS = 32
 FLUSH = 512 * 2**20  # bytes written before each run: several times any L2, and long enough to hide the host's time
 log = logging.getLogger("ditfast.kernels")
 
@@ -99,21 +98,48 @@ def tune(
 ) -> Iterator[Choice]:
     """One Choice per kernel and bench case of the specs, `sizes` in place of the case's own; keys in `known` are left.
 
+    A case that has no such sizes, as a latent of 1000 tokens, is left out with a warning.
+
     `measure` gives milliseconds of each run, `compiles` says whether a candidate does: both have stand-ins in tests.
-    RuntimeError where there is no GPU to measure on, or where a kernel fails parity under its pinned config.
+    RuntimeError where there is no GPU to measure on, or where a kernel fails parity under its pinned config; ValueError
+    for a size that no case has.
     """
+    sizes, specs = sizes or {}, [spec for spec in specs if "triton" in spec.op.backends]
+    there = sorted({name for spec in specs for case in spec.bench for name in case.sizes})
+    if unknown := sizes.keys() - there:
+        raise ValueError(f"no case has the size {min(unknown)!r}, expected some of {', '.join(there)}")
     if measure is None:
         _require_gpu()
         measure = time_on_gpu
     done = set(known)
     here, hashes = autotune.machine(), {spec.name: source_hash(spec.source) for spec in specs}
     for spec in specs:
-        for case in spec.bench if "triton" in spec.op.backends else ():
-            given = {name: size for name, size in (sizes or {}).items() if name in case.sizes}
-            for kernel in _kernels(spec, replace(case, sizes={**case.sizes, **given}), dtype, device, done):
+        for case in spec.bench:
+            given = {name: size for name, size in sizes.items() if name in case.sizes}
+            try:
+                case = (spec.resize or resize)(case, given)
+                asked = asks(spec, case, dtype)
+            except ValueError as error:
+                if not given:
+                    raise
+                log.warning("%s, %s: left out, %s", spec.name, case.name, error)
+                continue
+            for kernel in _kernels(spec, case, dtype, device, done) if asked - done else ():
                 done.add(kernel.key)
                 config, pinned_ms, ms = fastest(kernel, measure, compiles)
                 yield Choice(spec.name, kernel.key, hashes[spec.name], *here, kernel.pinned, config, pinned_ms, ms)
+
+
+def resize(case: Case, sizes: Mapping[str, int]) -> Case:
+    """The case with these sizes in place of its own."""
+    return replace(case, sizes={**case.sizes, **sizes})
+
+
+def asks(spec: OpSpec, case: Case, dtype: torch.dtype) -> set[str]:
+    """The keys that the op's launchers ask a config for in this case; ValueError for sizes that cannot be."""
+    with autotune.asking() as asked:
+        check.launches(spec, case, dtype)
+    return set(asked)
 
 
 def _require_gpu() -> None:
@@ -129,10 +155,6 @@ def _require_gpu() -> None:
 def _kernels(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, done: Collection[str]) -> Iterator[Kernel]:
     """What the op's launchers ask a config for in this case, but for the keys that are done."""
     generator = torch.Generator(device).manual_seed(0)
-    with autotune.asking() as asked:
-        check.launches(spec, case, dtype)
-    if not asked.keys() - done:
-        return
     inputs = spec.make_inputs(case, dtype, device, generator)
     truth = parity.truth(spec, inputs, generator)
     with RawCalls() as raw:

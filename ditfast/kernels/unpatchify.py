@@ -7,13 +7,16 @@ The order inside a token, (p, q, c), is not the (c, p, q) that `patchify` reads:
 A program moves one row of tokens, so that what it reads and writes of each cache line stays within it.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import torch
 
 from ._checks import check_dims, check_floating
 from ._op import Kernels, Op
 from ._triton import jit, launch, tl
 from .autotune import pick
-from .spec import Case, OpSpec
+from .spec import Case, OpSpec, square
 
 DIMS = {"y": "B T E"}
 # (elements of a tile, warps). A row of DiT-XL/2 at 256 pixels has 512 elements, at 512 pixels 1024; 4 to 8 a thread.
@@ -138,6 +141,12 @@ def unpatchify(y: torch.Tensor, patch_size: int, grid: tuple[int, int], *, backe
     return _OP(backend, (y,), (patch_size, h, w))
 
 
+def _resize(case: Case, sizes: Mapping[str, int]) -> Case:
+    """The grid follows from T, a square one."""
+    grid = {"grid": (square(sizes["T"]),) * 2} if "T" in sizes else {}
+    return replace(case, sizes={**case.sizes, **sizes}, kwargs={**case.kwargs, **grid})
+
+
 SPEC = OpSpec(
     op=_OP,
     fn=unpatchify,
@@ -150,4 +159,5 @@ SPEC = OpSpec(
     bench=(Case("DiT-XL/2", {"B": 256, "T": 256, "E": 32}, {"patch_size": 2, "grid": (16, 16)}),),
     shard=("B",),
     bwd_unread=("y",),
+    resize=_resize,
 )

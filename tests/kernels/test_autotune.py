@@ -1,25 +1,21 @@
-"""Pinned configs unless measured ones were asked for; the file of measured ones; the search that makes it."""
+"""Pinned configs unless measured ones were asked for; the file of measured ones."""
 
 import json
 import logging
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import ditfast.kernels as kernels
-from ditfast.kernels import OPS, _triton, autotune, check, parity
-from ditfast.kernels.__main__ import main
+from ditfast.kernels import OPS, _triton, autotune
 from ditfast.kernels.autotune import Choice, pick
-from ditfast.kernels.tune import MARGIN, fastest, neighbours, tune
+from ditfast.reproducibility import measured_configs
 
 ROOT = Path(__file__).parents[2]
-KERNELS = [pytest.param(spec, id=spec.name) for spec in OPS if "triton" in spec.op.backends]
 SPEC = next(spec for spec in OPS if spec.name == "unpatchify")
 KEY, PINNED, OTHER = "unpatchify_fwd(2x4x8 float32, 2, 2)", (1024, 4), (256, 2)
 
@@ -77,7 +73,64 @@ def test_the_file_gives_back_what_was_written_and_new_choices_replace_old_ones(t
     autotune.write(path, [choice(), elsewhere])
     autotune.write(path, [newer := choice(config=(64, 1), ms=0.5)])
     assert sorted(autotune.read(path), key=str) == sorted([newer, elsewhere], key=str)
-    assert os.listdir(path.parent) == ["tuned.json"]
+    assert sorted(os.listdir(path.parent)) == ["tuned.json", "tuned.json.lock"]
+
+
+def test_the_file_can_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o022)
+    try:
+        autotune.write(tmp_path / "tuned.json", [choice()])
+    finally:
+        os.umask(before)
+    assert (tmp_path / "tuned.json").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "tuned.json"
+    autotune.write(path, [choice()])
+    monkeypatch.setattr(os, "replace", lambda *paths: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        autotune.write(path, [choice(config=(64, 1))])
+    assert autotune.read(path) == [choice()] and len(os.listdir(tmp_path)) == 2
+
+
+WRITER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests/kernels")
+from test_autotune import autotune, choice
+for i in range(15):
+    autotune.write(Path(sys.argv[1]), [choice(key=f"{sys.argv[2]} {i}")])
+"""
+
+
+def test_two_processes_that_write_one_file_lose_no_choice(tmp_path):
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "tuned.json")]
+    started = [subprocess.Popen([*command, name], cwd=ROOT) for name in ("a", "b")]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    assert len(autotune.read(tmp_path / "tuned.json")) == 30
+
+
+def test_a_launch_without_a_choice_is_named_once_and_only_while_a_file_is_in_use(tmp_path, caplog):
+    stays = choice(key="op_fwd(stays)", config=PINNED)
+    autotune.write(tmp_path / "tuned.json", [choice(), stays])
+    kernels.use_tuned(tmp_path / "tuned.json")
+    for _ in range(2):
+        pick("op_fwd", (4, 2), "missed")
+        pick("op_fwd", PINNED, "stays")
+        block_of_a_launch()
+    kernels.use_pinned()
+    pick("op_fwd", (4, 2), "unasked")
+    assert [r.args[0] for r in caplog.records if "no measured config" in r.getMessage()] == ["op_fwd(missed)"]
+
+
+def test_measured_configs_of_a_block_give_way_to_those_before(tmp_path):
+    autotune.write(tmp_path / "outer.json", [choice()])
+    autotune.write(tmp_path / "inner.json", [choice(config=(64, 1))])
+    kernels.use_tuned(tmp_path / "outer.json")
+    with measured_configs(str(tmp_path / "inner.json")):
+        assert kernels.tuned_in_use() == {KEY: (64, 1)}
+    assert kernels.tuned_in_use() == {KEY: OTHER}
 
 
 @pytest.mark.parametrize("changes", ({"gpu": "NVIDIA A100"}, {"triton": "2.0"}, {"capability": "1.0"}, {"source": "0"}))
@@ -99,6 +152,8 @@ def damage(**changes) -> str:
     (
         '{"version": 1, "choi', "[]", '{"version": 9, "choices": []}', '{"version": 1, "choices": [{"op": "x"}]}',
         damage(config=[256]), damage(config=[256, "2"]), damage(config=[256, -2]), damage(pinned=None),
+        damage(gpu=5), damage(op=["q"]), damage(key=7), damage(ms="x"), damage(ms=float("nan")),
+        damage(config=[1000, 3]), damage(config=[256, 2048]), damage(config=[256, 2, 2]), "[" * 100_000,
     ),
 )  # fmt: skip
 def test_a_damaged_file_is_named_with_what_to_do(text, tmp_path):
@@ -110,6 +165,12 @@ def test_a_damaged_file_is_named_with_what_to_do(text, tmp_path):
         kernels.use_tuned(path)
 
 
+def test_what_is_wrong_in_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "tuned.json").write_text(damage(ms="x"))
+    with pytest.raises(ValueError, match=r"ms is 'x', expected milliseconds"):
+        kernels.use_tuned(tmp_path / "tuned.json")
+
+
 def test_a_missing_file_is_named_with_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r"no measured configs at .*none\.json: measure anew with `python -m"):
         kernels.use_tuned(tmp_path / "none.json")
@@ -119,11 +180,14 @@ RANKS = """
 import sys
 import torch.distributed as dist
 from ditfast import kernels
+from ditfast.kernels import autotune
+if "unforeseen" in sys.argv[3]:
+    autotune.machine = lambda: 1 / 0
 rank, rendezvous, own = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
 try:
     print(kernels.use_tuned(own))
-except ValueError as error:
+except (RuntimeError, ValueError) as error:
     print(error)
 dist.destroy_process_group()
 """
@@ -156,143 +220,7 @@ def test_an_error_of_the_first_process_is_raised_in_all(tmp_path):
     assert first == second and "none.json" in second
 
 
-def stand_in(pinned=(16, 4), wrong=()):
-    """A kernel whose configs are right but for some."""
-    return SimpleNamespace(pinned=pinned, is_right=lambda config: config not in wrong, under=lambda config: config)
-
-
-def test_neighbours_are_one_number_doubled_or_halved():
-    assert neighbours((1, 8, 32)) == [(2, 8, 32), (1, 4, 32), (1, 16, 32), (1, 8, 16)]
-
-
-def test_the_search_walks_to_the_fastest_config():
-    def measure(configs):
-        return [abs(tile - 64) + abs(warps - 1) + 1.0 for tile, warps in configs]
-
-    assert fastest(stand_in(), measure, lambda kernel, config: True) == ((64, 1), 52.0, 1.0)
-
-
-def test_what_fails_parity_or_does_not_compile_is_never_measured():
-    measured = []
-
-    def measure(configs):
-        measured.extend(configs)
-        return [1.0 / (tile * warps) for tile, warps in configs]
-
-    config, *_ = fastest(stand_in(wrong={(32, 4)}), measure, lambda kernel, config: config[0] <= 64)
-    assert config == (32, 32)
-    assert (32, 4) not in measured and all(tile <= 64 for tile, _ in measured)
-
-
-@pytest.mark.parametrize(("gain", "config"), ((MARGIN / 2, (16, 4)), (2 * MARGIN, (32, 4))))
-def test_a_gain_within_the_scatter_changes_nothing(gain, config):
-    def measure(configs):
-        return [1.0 - gain * (each == (32, 4)) for each in configs]
-
-    assert fastest(stand_in(), measure, lambda kernel, config: True)[0] == config
-
-
-SMALL = replace(SPEC, bench=SPEC.cases[:1])
-WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-
-
-def fewest_elements(runs):
-    """In place of time: the elements of a tile."""
-    for run in runs:
-        run()
-    return [float(run.config[0]) for run in runs]
-
-
-def tuned(device, **options):
-    everything = {"measure": fewest_elements, "compiles": lambda kernel, config: True, "device": device}
-    return list(tune([SMALL], torch.float32, **everything | options))
-
-
-def test_tune_gives_a_choice_for_each_kernel_of_each_case_and_leaves_what_is_known(device):
-    choices = tuned(device)
-    assert [choice.key.split("(")[0] for choice in choices] == ["unpatchify_fwd", "unpatchify_bwd"]
-    for choice in choices:
-        assert (choice.pinned, choice.config) == ((1024, 4), (64, 4)) and (choice.pinned_ms, choice.ms) == (1024, 64)
-        assert choice.source == autotune.hashes_of_ops()[SPEC.name]
-    assert tuned(device, known={choices[0].key}) == choices[1:]
-
-
-def test_tune_takes_other_sizes_than_those_of_the_benches(device):
-    batch = SMALL.bench[0].sizes["B"]
-    (here, _), (there, _) = tuned(device), tuned(device, sizes={"B": batch + 1, "unused": 9})
-    assert there.key == here.key.replace(f"({batch}x", f"({batch + 1}x") != here.key
-
-
-def test_a_kernel_that_fails_parity_is_not_measured(device, monkeypatch):
-    monkeypatch.setattr(parity.Verdict, "ok", False)
-    with pytest.raises(RuntimeError, match="unpatchify, .*: fails parity as it is, so nothing was measured"):
-        tuned(device)
-
-
-CANDIDATES = """
-import torch
-from ditfast.kernels import OPS, autotune
-from ditfast.kernels.tune import Kernel
-autotune.machine = lambda: ("a chip", "9.0", "any")
-spec, key = OPS[0], sys.argv[1]
-kernel = Kernel(spec, spec.bench[0], torch.bfloat16, None, None, (), key, (2, 64, 4))
-print([kernel.compiles(config) for config in ((2, 32, 4), (4, 64, 1), (3, 64, 4))])
-"""
-
-
-@pytest.mark.skipif(not _triton.INSTALLED, reason="needs triton")
-def test_candidates_that_spill_or_do_not_compile_are_none():
-    spec = OPS[0]
-    with autotune.asking() as asked:
-        check.launches(spec, spec.bench[0], torch.bfloat16)
-    (key,) = (key for key in asked if key.startswith("adaln_modulate_bwd"))
-    plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", f"import sys{CANDIDATES}", key]
-    done = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True, timeout=300)
-    assert done.stdout == "[True, False, False]\n", done.stdout + done.stderr
-
-
-@WITHOUT_GPU
-def test_without_a_gpu_the_command_says_so(capsys, tmp_path):
-    assert main(["tune", "--cache", str(tmp_path / "tuned.json")]) == 2
-    assert "PyTorch sees none here" in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
-def test_the_command_writes_each_choice_and_goes_on_where_it_stopped(capsys, tmp_path, monkeypatch, device):
-    path = tmp_path / "tuned.json"
-    monkeypatch.setattr(
-        "ditfast.kernels.__main__.tune", lambda specs, dtype, sizes, known: tuned(device, known=known, sizes=sizes)
-    )
-    assert main(["tune", "--op", SPEC.name, "--cache", str(path), "--seconds", "0"]) == 0
-    assert "out of time" in capsys.readouterr().out and len(autotune.read(path)) == 1
-    assert main(["tune", "--op", SPEC.name, "--cache", str(path)]) == 0
-    printed = capsys.readouterr().out
-    assert "unpatchify_bwd" in printed and "unpatchify_fwd" not in printed and len(autotune.read(path)) == 2
-    assert all(choice.config == (64, 4) for choice in autotune.read(path))
-
-
-@pytest.mark.parametrize("arguments", (["--op", "nope"], ["--sizes", "B"], ["--sizes", "B=0"], ["--dtype", "int8"]))
-def test_the_command_refuses_what_it_does_not_know(arguments, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["tune", *arguments])
-    assert arguments[1] in capsys.readouterr().err
-
-
-def together(config):
-    """All tile sizes doubled, and all halved; the warps mean nothing in the interpreter."""
-    *sizes, warps = config
-    return [(*(size * 2 for size in sizes), warps), (*(max(1, size // 2) for size in sizes), warps)]
-
-
-@pytest.mark.parametrize("others", (together, pytest.param(neighbours, marks=pytest.mark.full)))
-@pytest.mark.parametrize("spec", KERNELS)
-def test_every_launcher_is_right_under_other_configs_than_the_pinned_ones(spec, others, device, generator):
-    inputs = spec.make_inputs(spec.cases[0], torch.bfloat16, device, generator)
-    truth = parity.truth(spec, inputs, generator)
-    with autotune.asking() as asked:
-        assert all(verdict.ok for verdict in truth.judge("triton"))
-    assert asked
-    for key, pinned in asked.items():
-        for config in others(pinned):
-            with autotune.trying(key, config):
-                assert all(verdict.ok for verdict in truth.judge("triton")), (key, config)
+def test_an_unforeseen_error_of_the_first_process_keeps_no_other_waiting(tmp_path):
+    autotune.write(tmp_path / "unforeseen.json", [choice()])
+    first, second = two_ranks(tmp_path, tmp_path / "unforeseen.json", tmp_path / "1.json")
+    assert first == second and "ZeroDivisionError" in second

@@ -355,13 +355,13 @@ def backward(
     inputs, of_dq, of_dk = steps[:12], steps[12:15], steps[15:]
     delta = torch.empty_like(lse)
 
-    meta = constants(q, DQ_CONFIGS, unit)
+    meta = constants(q, DQ_CONFIGS, unit, "attention_dq", k)
     blocks = -(-Tq // meta["STAYS"])
     sizes = (Tq, Tk, H, blocks, scale)
     meta["EVEN"] = Tk % meta["PASSES"] == 0
     launch(_attention_dq_kernel, B * H * blocks, q, k, v, o, do, lse, delta, dq, *sizes, *inputs, *of_dq, **meta)
 
-    meta = constants(q, DKDV_CONFIGS, unit)
+    meta = constants(q, DKDV_CONFIGS, unit, "attention_dkdv", k)
     blocks = -(-Tk // meta["STAYS"])
     sizes = (Tq, Tk, H, blocks, scale)
     launch(_attention_dkdv_kernel, B * H * blocks, q, k, v, do, lse, delta, dk, dv, *sizes, *inputs, *of_dk, **meta)

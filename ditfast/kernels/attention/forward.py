@@ -116,7 +116,7 @@ def forward(results: tuple[torch.Tensor, ...], q: torch.Tensor, k: torch.Tensor,
     (B, Tq, H, _), Tk = q.shape, k.shape[1]
     q, k, v = dense(q, k, v)
     unit, steps = strides(q, k, v)
-    meta = constants(q, CONFIGS, unit)
+    meta = constants(q, CONFIGS, unit, "attention_fwd", k)
     blocks = -(-Tq // meta["STAYS"])
     meta["EVEN"] = Tk % meta["PASSES"] == 0
     launch(_attention_fwd_kernel, B * H * blocks, q, k, v, o, lse, Tq, Tk, H, blocks, scale, *steps, **meta)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from .._triton import capability, rows
+from ..autotune import pick
 
 # (least compute capability, bytes of an element, largest head_dim,
 #  rows of the tile that stays, rows of those that pass by, warps, stages); the first that fits is taken.
@@ -38,14 +39,21 @@ def strides(*tensors: torch.Tensor) -> tuple[int, list[int]]:
     return unit, [stride // unit for stride in plain]
 
 
-def constants(q: torch.Tensor, configs: Configs, unit: int) -> dict[str, Any]:
-    """The constants of a launch but for those about the lengths; ValueError for a head_dim that has no kernel."""
+def constants(
+    q: torch.Tensor, configs: Configs, unit: int, kernel: str | None = None, k: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """The constants of a launch but for those about the lengths; ValueError for a head_dim that has no kernel.
+
+    Where the kernel is named, a measured config of it may take the place of the one in `configs`.
+    """
     head_dim = q.shape[-1]
     if not has_kernels(head_dim):
         raise ValueError(f"attention: head_dim is {head_dim}, the Triton kernels take multiples of 8 from 32 to 128")
     main, tail = head_widths(head_dim)
     chip, size = capability(q.device), q.element_size()
     *_, stays, passes, warps, stages = next(c for c in configs if c[0] <= chip and c[1] == size and c[2] >= head_dim)
+    if kernel:
+        stays, passes, stages, warps = pick(kernel, (stays, passes, stages, warps), q, k, unit)
     return {
         **{"HEAD_DIM": head_dim, "MAIN": main, "TAIL": tail, "UNIT": unit, "STAYS": stays, "PASSES": passes},
         **{"num_warps": warps, "num_stages": stages},
