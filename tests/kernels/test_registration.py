@@ -27,14 +27,20 @@ def test_ops_lists_every_public_op_once():
     assert {spec.source for spec in OPS} == files
 
 
-def with_and_without_optional(spec):
-    firsts = {case.absent: case for case in reversed(spec.cases)}
-    return spec.cases[0], *(case for absent, case in firsts.items() if absent)
+EVERY_ABSENCE = pytest.mark.parametrize("every", (False, pytest.param(True, marks=pytest.mark.full)), ids=("", "every"))
+
+
+def with_and_without_optional(spec, every):
+    """A case with all inputs, and one for every set of absent ones, or only for the largest."""
+    firsts = {case.absent: case for case in reversed(spec.cases) if case.absent}
+    without = sorted(firsts.values(), key=lambda case: -len(case.absent))
+    return spec.cases[0], *(without if every else without[:1])
 
 
 @pytest.mark.parametrize("spec", KERNELS)
-def test_opcheck(spec, device, generator):
-    for case in with_and_without_optional(spec):
+@EVERY_ABSENCE
+def test_opcheck(spec, every, device, generator):
+    for case in with_and_without_optional(spec, every):
         inputs = spec.make_inputs(case, torch.bfloat16, device, generator)
         graded = spec.op.differentiable
         douts = None if not graded else parity.random_douts(parity.run(spec, inputs, "reference"), generator)
@@ -48,11 +54,14 @@ def test_opcheck(spec, device, generator):
 @pytest.mark.parametrize("spec", KERNELS)
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
 @pytest.mark.parametrize("compiler", ("aot_eager", pytest.param("inductor", marks=pytest.mark.full)))
-def test_compiled_kernels_equal_eager_ones(spec, dynamic, compiler, device, generator):
+@EVERY_ABSENCE
+@torch._dynamo.config.patch(recompile_limit=64)  # each absence is a graph of its own
+def test_compiled_kernels_equal_eager_ones(spec, dynamic, compiler, every, device, generator):
     torch._dynamo.reset()
     call = torch.compile(spec.fn, fullgraph=True, dynamic=dynamic, backend=compiler)
     graphed = type(spec)(**{**vars(spec), "fn": call})
-    for case in (*with_and_without_optional(spec), *(case for case in spec.cases[3:] if case.strided or spec.mutates)):
+    others = [case for case in spec.cases[3:] if case.strided or spec.mutates]
+    for case in (*with_and_without_optional(spec, every), *(others if every else others[:1])):
         inputs = spec.make_inputs(case, torch.float32, device, generator)
         eager = parity.run(spec, inputs, "triton")
         douts = parity.random_douts(eager, generator)
