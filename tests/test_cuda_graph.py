@@ -218,12 +218,11 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=f"train.cuda_graph: {named}, whose Python would run once"):
             check_cuda_graph("train.cuda_graph", torch.device("cuda"), model)
 
-    def test_torch_compile_with_graphs_of_its_own(self, model, monkeypatch):
+    def test_torch_compile_with_graphs_of_its_own(self, model):
         check_cuda_graph("train.cuda_graph", torch.device("cuda"), model, compiled=True)
-        monkeypatch.setattr("torch._inductor.config.triton.cudagraphs", True)
-        with pytest.raises(
-            ConfigError, match="torch.compile is set to record CUDA graphs of its own.*turn one of them"
-        ):
+        message = "torch.compile is set to record CUDA graphs of its own.*turn one of them"
+        # Not monkeypatch, which would leave the option deleted.
+        with torch._inductor.config.patch({"triton.cudagraphs": True}), pytest.raises(ConfigError, match=message):
             check_cuda_graph("train.cuda_graph", torch.device("cuda"), model, compiled=True)
 
     @pytest.mark.parametrize("options", [
