@@ -37,20 +37,27 @@ def autocast_dtype(x: Tensor, otherwise: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else otherwise
 
 
+def weight_dtype(module: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype of the module's weight, of a wrapper's first floating-point parameter, or `otherwise` without any."""
+    weight = getattr(module, "weight", None)
+    weights = [weight] if isinstance(weight, Tensor) else module.parameters()
+    return next((w.dtype for w in weights if w.is_floating_point()), otherwise)
+
+
 def norm_modulate(
     pending: Pending,
     shift: Tensor,
     scale: Tensor,
-    linear: nn.Linear,
+    reader: nn.Module,
     run: Callable[..., Any] = call,
     drop: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
-    """(x, y): the settled stream and its modulated LayerNorm, y in the dtype that `linear` computes in.
+    """(x, y): the settled stream and its modulated LayerNorm, y in the dtype that `reader` computes in.
 
     Under a recompute policy `run` calls the op, and `drop` says which of x (0) and y (1) need not be kept.
     """
     x, branch, gate = pending
-    options: dict[str, Any] = {"eps": NORM_EPS, "out_dtype": autocast_dtype(x, linear.weight.dtype)}
+    options: dict[str, Any] = {"eps": NORM_EPS, "out_dtype": autocast_dtype(x, weight_dtype(reader, x.dtype))}
     if branch is None:
         return x, run(partial(kernels.adaln_modulate, **options), x, shift, scale, drop=(0,))
     op = partial(kernels.gate_residual_adaln_modulate, **options)
@@ -99,9 +106,10 @@ class DiTBlock(Block):
             shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         else:
             shift_msa, scale_msa, shift_mlp, scale_mlp = modulation.chunk(4, dim=1)
+        qkv, fc1 = getattr(self.attn, "qkv", self.attn), getattr(self.mlp, "fc1", self.mlp)
         # The first x can go, since it follows from what the block before has left; the second is left to the next.
-        x, y = norm_modulate(pending, shift_msa, scale_msa, self.attn.qkv, run, drop=(0, 1))
-        x, y = norm_modulate((x, self.attn(y), gate_msa), shift_mlp, scale_mlp, self.mlp.fc1, run, drop=(1,))
+        x, y = norm_modulate(pending, shift_msa, scale_msa, qkv, run, drop=(0, 1))
+        x, y = norm_modulate((x, self.attn(y), gate_msa), shift_mlp, scale_mlp, fc1, run, drop=(1,))
         return x, self.feed(y, run), gate_mlp
 
     def _settled(self, run: Callable[..., Any], pending: Pending, modulation: Tensor) -> Tensor:

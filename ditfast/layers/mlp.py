@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,6 +35,9 @@ class Mlp(nn.Module):
             weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
             return kernels.gelu_mlp(x, *weights, recompute=self.recompute and fused)
         # The reference keeps GELU's output; replayed it is the same arithmetic.
-        if not self.recompute:
-            return self.fc2(run(_gelu, self.fc1(x), drop=(0,)))
-        return self.fc2(run(lambda *args: _gelu(F.linear(*args)), x, self.fc1.weight, self.fc1.bias, drop=(0,)))
+        # Weights used twice under one autocast would otherwise share a copy, and gradients be added in its dtype.
+        kind = x.device.type
+        with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
+            if not self.recompute:
+                return self.fc2(run(_gelu, self.fc1(x), drop=(0,)))
+            return self.fc2(run(lambda *args: _gelu(F.linear(*args)), x, self.fc1.weight, self.fc1.bias, drop=(0,)))

@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Collection
+from functools import partial
 
 import pytest
 import torch
@@ -119,6 +120,22 @@ def test_gradients_are_the_same_bits_under_every_policy(block, precision):
         assert_same_bits(gradients(build(policy, precision, depth=3, block=block), precision), expected)
 
 
+def _sum_of_two(model: DiT, others: tuple[torch.Tensor, ...], *inputs: torch.Tensor) -> torch.Tensor:
+    return model(*inputs) + model(*others)
+
+
+@pytest.mark.parametrize("block", BLOCK_VARIANTS)
+def test_gradients_of_two_forwards_under_one_autocast(block):
+    """Autocast keeps a weight's copy for the second forward; all policies add the two gradients in one dtype."""
+    results = []
+    for policy in POLICIES:
+        model = build(policy, depth=2, block=block)
+        x, t, y = batch(model)
+        results.append(gradients(model, "bf16", forward=partial(_sum_of_two, model, (x.flip(0), t, y))))
+    for ours in results[1:]:
+        assert_same_bits(ours, results[0])
+
+
 @pytest.fixture
 def on_triton(monkeypatch):
     """Ops that have kernels run on them, in the interpreter where there is no GPU."""
@@ -217,10 +234,6 @@ class LoRA(nn.Module):
         self.down = nn.Linear(linear.in_features, 4, bias=False)
         self.up = nn.Linear(4, linear.out_features, bias=False)
 
-    @property
-    def weight(self) -> torch.Tensor:
-        return self.linear.weight
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x) + self.up(self.dropout(self.down(x)))
 
@@ -238,6 +251,39 @@ def test_replaced_modules_have_their_gradients(name):
         torch.manual_seed(4)
         results.append(gradients(model))
         assert len(results[0]) == 6
+    for ours in results[1:]:
+        assert_same_bits(ours, results[0])
+
+
+class Around(nn.Module):
+    """A wrapper that adds a trained scale to what it wraps, and has none of its attributes."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module, self.scale = module, nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.module(x)
+
+
+REPLACED = {
+    "wrapped attention": ("attn", Around),
+    "wrapped MLP": ("mlp", Around),
+    "another MLP": ("mlp", lambda mlp: nn.Sequential(mlp.fc1, nn.ReLU(), mlp.fc2)),
+    "MLP without weights": ("mlp", lambda mlp: nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-fast"])
+@pytest.mark.parametrize("name, replace", REPLACED.values(), ids=REPLACED)
+def test_other_modules_for_all_of_attention_or_mlp(name, replace, precision):
+    results = []
+    for policy in POLICIES:
+        model = build(precision=precision, depth=3)
+        for block in model.blocks:
+            block.set_submodule(name, replace(block.get_submodule(name)))
+        model.to(model.x_embedder.proj.weight.dtype).recompute = policy
+        results.append(gradients(model, precision))
     for ours in results[1:]:
         assert_same_bits(ours, results[0])
 
