@@ -41,6 +41,13 @@ def check_dims(
     return sizes
 
 
+def check_not_empty(op: str, sizes: Mapping[str, int], *dims: str) -> None:
+    """ValueError naming the first of these dims that is 0."""
+    for dim in dims:
+        if sizes[dim] == 0:
+            raise ValueError(f"{op}: {dim} is 0, expected at least 1; look at the shapes of the arguments")
+
+
 def sample_dims(op: str, name: str, tensor: torch.Tensor) -> str:
     """Dims of a tensor (B, C, ...) by name, for `check_dims`; ValueError where it is none."""
     if not isinstance(tensor, torch.Tensor):

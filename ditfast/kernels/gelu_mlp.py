@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ._activations import gelu, gelu_and_slope
-from ._checks import check_dims, check_floating
+from ._checks import check_dims, check_floating, check_not_empty
 from ._gemm import (
     gemm,
     halves,
@@ -99,7 +99,7 @@ class _Gemm(torch.autograd.Function):
                 dpre.T @ h if wanted[1] else None,
                 db1,
                 dy.T @ act if wanted[3] else None,
-                dy.sum(0, dtype=torch.float32),
+                dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)),
             )
         return *(None if g is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)), None, None
 
@@ -286,10 +286,11 @@ def gelu_mlp(
     """y (..., D) of h (..., D), w1 (F, D), b1 (F), w2 (D, F), b2 (D).
 
     recompute keeps nothing for the backward but the inputs; reference then redoes both GEMMs, the others the first one.
-    ValueError for shapes that disagree or dtypes that are not floating; BackendError where the backend cannot run.
+    ValueError for shapes that disagree, a D or F of 0, or dtypes that are not floating; BackendError where the backend
+    cannot run.
     """
     tensors = {"h": h, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
-    check_dims(_OP.name, DIMS, tensors)
+    check_not_empty(_OP.name, check_dims(_OP.name, DIMS, tensors), "D", "F")
     check_floating(_OP.name, tensors)
     # Without gradients nothing is kept, and pre need not be written.
     compute, recompute = linear_dtype(h, w1, b1, w2, b2), recompute or not torch.is_grad_enabled()

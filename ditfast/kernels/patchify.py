@@ -174,7 +174,7 @@ def _patchify_bwd(
     dx, dweight, dbias, dpos = grads
     B, C, H, W = x.shape
     D, p = weight.shape[0], weight.shape[-1]
-    over_samples = dy.sum(0, dtype=torch.float32)
+    over_samples = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
     dpos.copy_(over_samples.unsqueeze(0))
     dbias.copy_(over_samples.sum(0))
     patches = _patches(x, p).flatten(0, 1).to(dy.dtype)

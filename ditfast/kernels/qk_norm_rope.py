@@ -330,12 +330,12 @@ def _check_arguments(
 ) -> None:
     """ValueError for heads that do not add up, half a table, or parameters of a norm that has none."""
     N, head_dim = sizes["N"], sizes["head_dim"]
-    if num_heads is None or not 0 < num_heads < N or (N - num_heads) % 2:
+    if not isinstance(num_heads, (int, torch.SymInt)) or not 0 < num_heads < N or (N - num_heads) % 2:
         raise ValueError(
-            f"{_OP.name}: num_heads is {num_heads} and qkv has {N} heads, expected num_heads + 2 kv_heads; pass the "
+            f"{_OP.name}: num_heads is {num_heads!r} and qkv has {N} heads, expected num_heads + 2 kv_heads; pass the "
             "number of q's heads"
         )
-    if head_dim % 2:
+    if head_dim % 2 or head_dim == 0:
         raise ValueError(f"{_OP.name}: qkv has head_dim {head_dim}, expected an even one")
     if norm not in NORMS:
         raise ValueError(f"{_OP.name}: norm is {norm!r}, expected one of {', '.join(map(repr, NORMS))}")

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ._activations import silu_and_slope
-from ._checks import check_dims, check_floating
+from ._checks import check_dims, check_floating, check_not_empty
 from ._gemm import (
     gemm,
     halves,
@@ -41,7 +41,7 @@ from ._gemm import (
 )
 from ._op import Kernels, Op
 from ._rows import column_sums, empty_partials, sum_partials
-from ._triton import jit, launch, tl
+from ._triton import capability, jit, launch, tl
 from .spec import Case, OpSpec
 from .swiglu_backward import swiglu_backward
 
@@ -109,7 +109,7 @@ class _Gemm(torch.autograd.Function):
                 dy.T @ act if wanted[3] else None,
                 db1,
                 db3,
-                dy.sum(0, dtype=torch.float32) if wanted[6] else None,
+                dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if wanted[6] else None,
             )
         pairs = zip(grads, tensors, strict=True)
         return *(None if g is None or t is None else g.to(t.dtype) for g, t in pairs), None, None
@@ -262,7 +262,9 @@ def _swiglu_mlp_fwd(
     (M, K), N = rows.shape, w1.shape[0]
     act = h.new_empty((M, N), dtype=compute)
     pairs = (rows, w1.T), (rows, w3.T)
-    tiles = tiles_for(M, N, rows, w1.T, rows, w3.T, further=1, kernel="swiglu_mlp_fwd")
+    # On sm_100 the two sums of a square tile spill under Triton 3.6.
+    further = 2 if capability(h.device) >= 100 else 1
+    tiles = tiles_for(M, N, rows, w1.T, rows, w3.T, further=further, kernel="swiglu_mlp_fwd")
     args, meta = operands(tiles, *pairs)
     kept = (None, None) if recompute else (gate, up)
     args = [act, *kept, b1, b3, M, N, K, *(0 if b is None else b.stride(0) for b in (b1, b3)), *args]
@@ -342,10 +344,11 @@ def swiglu_mlp(
     """y (..., D) of h (..., D), w1 (gate) and w3 (F, D), w2 (D, F), b1 and b3 (F), b2 (D) or None.
 
     recompute keeps nothing for the backward but the inputs; reference then redoes all GEMMs, the others w1's and w3's.
-    ValueError for shapes that disagree or dtypes that are not floating; BackendError where the backend cannot run.
+    ValueError for shapes that disagree, a D or F of 0, or dtypes that are not floating; BackendError where the backend
+    cannot run.
     """
     tensors = dict(zip(DIMS, (h, w1, w3, w2, b1, b3, b2), strict=True))
-    check_dims(_OP.name, DIMS, tensors, _OP.optional)
+    check_not_empty(_OP.name, check_dims(_OP.name, DIMS, tensors, _OP.optional), "D", "F")
     check_floating(_OP.name, tensors)
     given = [tensor for tensor in (w1, w3, w2, b1, b3, b2) if tensor is not None]
     # Without gradients nothing is kept, and gate and up need not be written.

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ditfast.kernels import OPS, _gemm, _triton, backend_of, gelu_mlp, parity, swiglu_mlp
+from ditfast.kernels import OPS, BackendError, _gemm, _triton, backend_of, gelu_mlp, parity, swiglu_mlp
 from ditfast.kernels._op import Op
+from ditfast.kernels.spec import Case
 
 SPECS = {spec.name: spec for spec in OPS if spec.name in ("gelu_mlp", "swiglu_mlp")}
 MLPS = [pytest.param(spec, id=name) for name, spec in SPECS.items()]
@@ -218,3 +219,27 @@ def test_the_pass_refuses_what_is_not_contiguous(spec, device, generator):
     inputs["grad"] = inputs["grad"].T.contiguous().T
     with pytest.raises(ValueError, match=rf"{spec.name}: grad has strides \(1, 63\), expected a contiguous tensor"):
         spec.fn(**inputs)
+
+
+@pytest.mark.parametrize("spec", MLPS)
+@pytest.mark.parametrize("dim", ("D", "F"))
+def test_a_width_of_0_is_an_error(spec, dim):
+    inputs = spec.make_inputs(Case("none", {"B": 2, "T": 3, "D": 8, "F": 16} | {dim: 0}), torch.float32)
+    with pytest.raises(ValueError, match=f"{spec.name}: {dim} is 0, expected at least 1"):
+        spec.fn(**inputs)
+
+
+@pytest.mark.parametrize("spec", MLPS)
+def test_gradients_in_float64_are_summed_in_float64(spec, device, generator):
+    inputs = spec.make_inputs(spec.cases[0], torch.float64, device, generator)
+    douts = [torch.randn(inputs["h"].shape, dtype=torch.float64, device=device, generator=generator)]
+    grads, exact = (parity.run(spec, inputs, backend, douts) for backend in ("gemm", "reference"))
+    for name, truth in exact.items():
+        torch.testing.assert_close(grads[name], truth, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("spec", MLPS)
+def test_one_weight_in_float64_is_refused_by_triton(spec, device, generator):
+    inputs = spec.make_inputs(spec.cases[0], torch.float32, device, generator)
+    with pytest.raises(BackendError, match=f"{spec.name}: backend 'triton' cannot run: .*not torch.float64"):
+        spec.fn(**inputs | {"w2": inputs["w2"].double()}, backend="triton")

@@ -57,6 +57,8 @@ def test_nothing_but_the_inputs_is_kept(draw):
     ({"num_heads": None}, "num_heads is None and qkv has 4 heads"),
     ({"num_heads": 3}, r"num_heads is 3 and qkv has 4 heads, expected num_heads \+ 2 kv_heads"),
     ({"num_heads": 4}, "num_heads is 4"),
+    ({"num_heads": 2.0}, "num_heads is 2.0 and qkv has 4 heads"),
+    ({"num_heads": "2"}, "num_heads is '2' and qkv has 4 heads"),
     ({"norm": "batch"}, "norm is 'batch', expected one of 'none', 'rms', 'layer'"),
     ({"norm": "rms"}, "q_bias is given, but norm 'rms' has none"),
     ({"norm": "none"}, "q_weight is given, but norm 'none' has none"),
@@ -65,6 +67,8 @@ def test_nothing_but_the_inputs_is_kept(draw):
     ({"cos": torch.zeros(19, 12, requires_grad=True), "sin": torch.zeros(19, 12)}, "requires a gradient"),
     ({"qkv": torch.zeros(2, 19, 4, 9), "q_weight": None, "k_weight": None, "q_bias": None, "k_bias": None},
      "head_dim 9, expected an even one"),
+    ({"qkv": torch.zeros(2, 19, 4, 0), "q_weight": None, "k_weight": None, "q_bias": None, "k_bias": None},
+     "head_dim 0, expected an even one"),
 ))  # fmt: skip
 def test_what_does_not_fit_is_refused(change, says):
     inputs = SPEC.make_inputs(SPEC.cases[0], torch.float32, generator=torch.Generator().manual_seed(0))

@@ -54,7 +54,10 @@ def test_angles_of_far_tokens_are_exact():
 
 @pytest.mark.parametrize(("make", "says"), (
     (lambda: rope_1d(4, 9), "expected an even number"), (lambda: rope_2d((2, 2), 6), "expected a multiple of 4"),
+    (lambda: rope_1d(-1, 8), "tokens is -1"), (lambda: rope_1d(2.5, 8), "tokens is 2.5"),
+    (lambda: rope_2d(4, 8), "grid is 4, expected the numbers of rows and columns"),
+    (lambda: rope_2d((4, -1), 8), r"grid is \(4, -1\)"),
 ))  # fmt: skip
-def test_widths_that_do_not_pair_up_are_refused(make, says):
+def test_widths_and_lengths_that_cannot_be_are_refused(make, says):
     with pytest.raises(ValueError, match=says):
         make()

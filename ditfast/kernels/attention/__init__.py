@@ -1,11 +1,11 @@
 """o = softmax(scale * q k^T) v over the tokens of one sample, never causal.
 
-q           (B, Tq, H, head_dim); o has its shape and dtype
+q           (B, Tq, H, head_dim); o has its shape and the dtype computed in
 k, v        (B, Tk, H, head_dim), Tk > 0
 qkv         (B, T, 3, H, head_dim), the packed form that the qkv linear of a DiT yields; its gradient is written packed
 strides     free; the Triton kernels copy a tensor whose last dim is not dense
-dtypes      one for all three; the Triton kernels take float32 (IEEE products), bfloat16 and float16, and a head_dim in
-            multiples of 8 from 32 to 128
+dtypes      one for all three; autocast casts them to its own, as it does for PyTorch's attention. The Triton kernels
+            take float32 (IEEE products), bfloat16 and float16, and a head_dim in multiples of 8 from 32 to 128
 fp32        scores, softmax, all sums; the weights round once to the dtype of v, as in every fused attention
 saved       q, k, v, o, and lse (B, H, Tq) in fp32: the logarithm of each row's sum of exponentials, to base 2, since
             the kernels exponentiate to that base and a change of base rounds
@@ -15,11 +15,13 @@ of the work. forward.py and backward.py hold the kernels, short.py the backward 
 kernels of others, dispatch.py the choice.
 """
 
+import math
 from typing import Any
 
 import torch
 
-from .._checks import check_dims, check_floating
+from .._checks import check_dims, check_floating, check_not_empty, check_number
+from .._gemm import linear_dtype
 from .._op import Kernels, Op
 from ..spec import Case, OpSpec
 from . import backward, dispatch, forward, libraries, short
@@ -95,9 +97,14 @@ _PACKED_OP = Op(
 
 def _scale(op: str, scale: float | None, head_dim: int) -> float:
     """The scale given, or head_dim^-0.5."""
-    if scale is not None and not scale > 0:
-        raise ValueError(f"{op}: scale is {scale}, expected a positive number; negate q for a negative one")
-    return head_dim**-0.5 if scale is None else float(scale)
+    if scale is None:
+        return head_dim**-0.5
+    check_number(op, "scale", scale)
+    if not 0 < scale < math.inf:
+        raise ValueError(
+            f"{op}: scale is {scale}, expected a positive number below infinity; negate q for a negative one"
+        )
+    return float(scale)
 
 
 def attention(
@@ -110,8 +117,10 @@ def attention(
     """
     tensors = {"q": q, "k": k, "v": v}
     sizes = check_dims(_OP.name, DIMS, tensors)
+    check_not_empty(_OP.name, sizes, "head_dim")
     check_floating(_OP.name, tensors)
-    for name, tensor in tensors.items():
+    q, k, v = (tensor.to(linear_dtype(tensor)) for tensor in (q, k, v))
+    for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
             raise ValueError(f"{_OP.name}: {name} has dtype {tensor.dtype}, expected q's, {q.dtype}; convert it")
     if sizes["Tk"] == 0 and sizes["Tq"] > 0:
@@ -127,8 +136,9 @@ def attention_qkvpacked(qkv: torch.Tensor, *, scale: float | None = None, backen
     """
     tensors = {"qkv": qkv}
     sizes = check_dims(_PACKED_OP.name, PACKED_DIMS, tensors)
+    check_not_empty(_PACKED_OP.name, sizes, "head_dim")
     check_floating(_PACKED_OP.name, tensors)
-    return _PACKED_OP(backend, (qkv,), (_scale(_PACKED_OP.name, scale, sizes["head_dim"]),))
+    return _PACKED_OP(backend, (qkv.to(linear_dtype(qkv)),), (_scale(_PACKED_OP.name, scale, sizes["head_dim"]),))
 
 
 # Delta comes from the rounded o, as in every flash attention: an error that all keys of a row share, and that does not

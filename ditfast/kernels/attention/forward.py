@@ -81,8 +81,10 @@ def _attention_fwd_kernel(
         if not EVEN:
             s = tl.where(there[None, :], s, float("-inf"))
         new_most = tl.maximum(most, tl.max(s, 1) * log2_scale)
-        p = tl.exp2(s * log2_scale - new_most[:, None])
-        shrink = tl.exp2(most - new_most)
+        # Where all scores so far are -inf, so is the maximum, and -inf - -inf is NaN.
+        base = tl.where(new_most == float("-inf"), 0.0, new_most)
+        p = tl.exp2(s * log2_scale - base[:, None])
+        shrink = tl.exp2(most - base)
         most = new_most
         total = total * shrink + tl.sum(p, 1)
         v = tl.load(v_row + cols, mask=there[:, None], other=0.0)

@@ -129,10 +129,10 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int |
     head_dim None: whatever it is.
     """
     library = LIBRARIES[name]
-    if missing := _missing(name):
-        return missing
     if device.type != "cuda":
         return f"it needs tensors on a GPU, these are on {device.type}; move them, or use backend='sdpa'"
+    if missing := _missing(name):
+        return missing
     if dtype not in library.dtypes:
         known = ", ".join(str(known) for known in library.dtypes)
         return f"it takes {known}, not {dtype}; convert the tensors, or use backend='sdpa'"

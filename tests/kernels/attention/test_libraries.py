@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ditfast.kernels import BackendError, attention, attention_qkvpacked, backend_of
+from ditfast.kernels import BackendError, attention, backend_of
 from ditfast.kernels.attention import dispatch, libraries
 from ditfast.kernels.attention.reference import attention_ref
 
@@ -164,14 +164,13 @@ def test_what_a_library_takes_and_why_not(name, change, says, installed):
 def test_what_is_not_installed_is_refused_with_the_command(name, monkeypatch):
     monkeypatch.setattr(libraries.importlib.util, "find_spec", lambda module: None)
     library = libraries.LIBRARIES[name]
-    q, k, v = tensors()
-    with pytest.raises(BackendError) as refused:
-        attention(q, k, v, backend=name)
-    message = str(refused.value)
-    assert message.startswith(f"attention: backend {name!r} cannot run: {library.distribution} is not installed")
-    assert library.install in message and "backend='sdpa'" in message
-    with pytest.raises(BackendError, match="is not installed"):
-        attention_qkvpacked(torch.stack([k, k, v], 2), backend=name)
+    why = libraries.refusal(name, GPU, torch.bfloat16, 72)
+    assert why.startswith(f"{library.distribution} is not installed")
+    assert library.install in why and "backend='sdpa'" in why
+    for op in ("attention", "attention_qkvpacked"):
+        with pytest.raises(BackendError) as refused:
+            backend_of(op, GPU, torch.bfloat16, name)
+        assert str(refused.value) == f"{op}: backend {name!r} cannot run: {why}"
 
 
 def test_a_package_whose_parent_breaks_is_refused_with_the_cause(monkeypatch):
