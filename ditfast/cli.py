@@ -109,20 +109,26 @@ def _export(arguments: list[str]) -> int:
 
 
 def _doctor(arguments: list[str]) -> int:
+    from ditfast.config import ConfigError
     from ditfast.doctor import doctor, memory
 
     options = argparse.ArgumentParser(
         prog="ditfast doctor",
-        description="Report versions, devices and backends; with --model also the memory that training it takes.",
+        description="Report versions, devices and backends; with --model the memory that training it takes, alone.",
     )
-    options.add_argument("--model", help="DiT-XL/2, ...: memory under every --train.recompute policy")
-    options.add_argument("--batch-size", type=int, default=256, help="of one GPU")
-    options.add_argument("--image-size", type=int, default=256, help="in pixels; the model sees latents of an eighth")
-    options.add_argument("--precision", default="bf16", help="bf16, bf16-fast, ...")
-    given = options.parse_args(arguments)
-    if given.model:
-        memory(given.model, given.batch_size, given.image_size, given.precision)
-    return doctor()
+    options.add_argument("--model", help="DiT-XL/2, DiT-XL/2@512, ...: memory under every --train.recompute policy")
+    options.add_argument("--batch-size", type=int, help="of one GPU, 256 by default")
+    options.add_argument("--image-size", type=int, help="in pixels, the model's by default; latents are of an eighth")
+    options.add_argument("--precision", help="bf16 by default, bf16-fast, ...")
+    given = vars(options.parse_args(arguments))
+    model, sizes = given.pop("model"), {name: value for name, value in given.items() if value is not None}
+    if model is None:
+        if sizes:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in sizes)
+            raise ConfigError(f"{names}: of use only with --model, such as --model DiT-XL/2")
+        return doctor()
+    memory(model, **sizes)
+    return 0
 
 
 def _integers(text: str) -> list[int]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ditfast import __version__, kernels
-from ditfast.config import PRECISIONS, ConfigError, checked_precision, nearest
+from ditfast.config import PRECISIONS, PRESETS, ConfigError, checked_precision, nearest
 from ditfast.kernels.attention import libraries
 from ditfast.layers import DiT_models
 from ditfast.logs import datasheet_tflops
@@ -21,6 +21,9 @@ from ditfast.plan import plan_memory, state_bytes
 
 # What bench/gpu.sh writes; only a source tree has it.
 LEDGER = Path(__file__).parents[1] / "bench" / "results" / "chip.json"
+
+# What `memory` takes: the published models, at 256 pixels or with @512.
+MODELS = [name for name in PRESETS if name.partition("@")[0] in DiT_models]
 
 
 @dataclass(frozen=True)
@@ -129,26 +132,30 @@ def doctor() -> int:
     return 0 if able else 1
 
 
-def memory(name: str, batch_size: int, image_size: int, precision: str) -> None:
-    """Prints what training `name` takes of a GPU's memory under every recompute policy.
+def memory(name: str, batch_size: int = 256, image_size: int | None = None, precision: str = "bf16") -> None:
+    """Prints what training `name`, DiT-XL/2 or DiT-XL/2@512, takes of a GPU's memory under every recompute policy.
 
-    batch_size is that of one GPU, image_size in pixels, of which the model sees latents of an eighth. ConfigError for
-    an unknown model or precision and for impossible sizes, ValueError where patches do not divide the latents.
+    batch_size is that of one GPU, image_size in pixels, of which the model sees latents of an eighth; by default 256,
+    or what the name ends in. ConfigError for an unknown model or precision and for impossible sizes.
     """
-    if name not in DiT_models:
-        raise ConfigError(f"unknown model {name!r}{nearest(name, DiT_models) or '; known: ' + ', '.join(DiT_models)}")
-    if batch_size < 1 or image_size < 8 or image_size % 8:
-        raise ConfigError(
-            f"the batch size must be positive and the image size a multiple of 8, got {batch_size} and {image_size}"
-        )
+    network, _, pixels = name.partition("@")
+    if name not in MODELS:
+        raise ConfigError(f"unknown model {name!r}{nearest(name, MODELS) or '; known: ' + ', '.join(MODELS)}")
+    size = int(pixels or 256) if image_size is None else image_size
+    unit = 8 * int(network.rpartition("/")[2])
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size must be positive, got {batch_size}")
+    if size < unit or size % unit:
+        raise ConfigError(f"--image-size of {network} must be a positive multiple of {unit}, got {size}")
     held = PRECISIONS[checked_precision(precision)]
     with torch.device("meta"):
-        model = DiT_models[name](input_size=image_size // 8)
+        model = DiT_models[network](input_size=size // 8)
     state, tokens = state_bytes(model, held) / 1e9, batch_size * model.x_embedder.num_patches
+    copies = "" if held.compute is held.params else " and, at most, autocast's copies"
     console = Console(soft_wrap=True)
     console.print(
-        f"Memory of training {name} at {image_size} pixels, batch {batch_size} ({tokens} tokens), {precision}: "
-        f"{state:.1f} GB of weights, gradients, optimizer and EMA, and by recompute policy"
+        f"Memory of training {network} at {size} pixels, batch {batch_size} ({tokens} tokens), {precision}: "
+        f"{state:.1f} GB of weights, gradients, optimizer and EMA{copies}, and by recompute policy"
     )
     table = Table("policy", "bytes a token and layer", "activations, GB", "all, with a block at work, GB")
     for row in plan_memory(model, held, batch_size):

@@ -35,7 +35,7 @@ def plan_memory(model: DiT, precision: Precision, batch_size: int, fused: bool =
 def state_bytes(model: DiT, precision: Precision, emas: int = 1) -> int:
     """Bytes of what lives as long as the run: weights, gradients, AdamW's moments, masters where they are apart, EMAs.
 
-    Under autocast also its copies of the weights, which live from forward to backward.
+    Under autocast also its copies of the weights: at most, since what a policy computes again copies its weights again.
     """
     p = precision
     each = p.params.itemsize + p.grads.itemsize + 2 * p.optimizer.itemsize + emas * p.ema.itemsize

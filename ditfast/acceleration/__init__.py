@@ -6,7 +6,7 @@ recognized by its structure, compared with its fused form on random weights, and
 class (`swap`). What is not recognized, or computes something else, stays as it is and is reported.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -35,7 +35,7 @@ def accelerate(model: nn.Module, backend: str | Mapping[str, str] = "auto") -> R
         checked; shard it (fully_shard) after.
     backend: of every op, or {op: backend} where it is not "auto".
     Raises ValueError where there is no block to take over, and BackendError for a backend that cannot run there; the
-    model is then its own.
+    model is then as it was, but for an accelerated one without blocks any more, which is its own.
     """
     if not isinstance(model, nn.Module):
         hint = "; pass its `transformer`" if hasattr(model, "transformer") else ""
@@ -43,17 +43,19 @@ def accelerate(model: nn.Module, backend: str | Mapping[str, str] = "auto") -> R
             f"accelerate: model is a {type(model).__name__}, expected a torch.nn.Module: {SUPPORTED}{hint}"
         )
     asked = _asked(backend)
+    fused = [module for module in model.modules() if isinstance(module, Swapped)]
+    if block := next((module for module in fused if module.ditfast_swap.form.is_block), None):
+        _resolved([module.ditfast_swap.form for module in fused], asked, block)  # before anything is undone
     restore(model)
     taken, left = _recognized(model)
     blocks = [part for part in taken if part.form.is_block]
     if not blocks:
         raise ValueError(f"accelerate: no block of this {type(model).__name__} can be taken over{_why(model, left)}")
-    weight = next(blocks[0].module.parameters())
-    names = dict.fromkeys(op for part in taken for op in part.form.ops)
-    backends = {op: kernels.backend_of(op, weight.device, weight.dtype, asked.get(op, "auto")) for op in names}
+    backends = _resolved([part.form for part in taken], asked, blocks[0].module)
     for part in taken:
         mine = tuple((op, asked[op]) for op in part.form.ops if op in asked)
         part.module.__class__ = swapped_class(Swap(part.form, type(part.module), mine))
+    weight = next(blocks[0].module.parameters())
     return Report(model, tuple(taken), left, backends, weight.device, weight.dtype)
 
 
@@ -78,6 +80,8 @@ def restore(model: nn.Module) -> int:
 
 def _asked(backend: str | Mapping[str, str]) -> dict[str, str]:
     """The backends that are not "auto", by op."""
+    if not isinstance(backend, str | Mapping):
+        raise ValueError(f"accelerate: backend is {backend!r}, expected a name such as 'auto', or {{op: name}}")
     ops = {op for form in FORMS for op in form.ops}
     asked = dict.fromkeys(ops, backend) if isinstance(backend, str) else dict(backend)
     if unknown := sorted(asked.keys() - ops):
@@ -85,6 +89,13 @@ def _asked(backend: str | Mapping[str, str]) -> dict[str, str]:
             f"accelerate: backend names {', '.join(unknown)}; ops of accelerated models are {', '.join(sorted(ops))}"
         )
     return {op: name for op, name in asked.items() if name != "auto"}
+
+
+def _resolved(forms: Iterable[type[Form]], asked: Mapping[str, str], block: nn.Module) -> dict[str, str]:
+    """The backend of every op of these forms, for weights as `block` has them; BackendError for one that cannot run."""
+    weight = next(block.parameters())
+    names = dict.fromkeys(op for form in forms for op in form.ops)
+    return {op: kernels.backend_of(op, weight.device, weight.dtype, asked.get(op, "auto")) for op in names}
 
 
 def _recognized(model: nn.Module) -> tuple[list[Taken], dict[str, str]]:

@@ -41,7 +41,7 @@ def policy_of_block(policy: str, index: int) -> str:
 
     ValueError for any other policy.
     """
-    name, colon, every = policy.partition(":")
+    name, colon, every = policy.partition(":") if isinstance(policy, str) else ("", "", "")
     if colon and name == "block" and every.isdecimal() and int(every) > 0:
         return "block" if (index + 1) % int(every) == 0 else "ops"
     if policy not in RECOMPUTE_POLICIES:

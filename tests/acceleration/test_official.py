@@ -284,6 +284,7 @@ def test_restore_wants_a_module():
             ValueError,
             "backend names layernorm; ops of accelerated models are adaln_modulate, ",
         ),
+        (None, ValueError, r"accelerate: backend is None, expected a name such as 'auto', or {op: name}"),
         ("cuda", BackendError, "backend 'cuda' is not one of 'auto'"),
         ({"gate_residual": "sdpa"}, BackendError, "gate_residual: backend 'sdpa' is not one of 'auto', 'triton', "),
     ),
@@ -293,3 +294,8 @@ def test_backends_that_do_not_exist(official, backend, kind, message):
     with pytest.raises(kind, match=message):
         ditfast.accelerate(model, backend=backend)
     assert fused_parts(model) == set()
+    ditfast.accelerate(model)
+    before = fused_parts(model)
+    with pytest.raises(kind, match=message):
+        ditfast.accelerate(model, backend=backend)
+    assert fused_parts(model) == before != set()

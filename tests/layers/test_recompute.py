@@ -444,9 +444,9 @@ class TestReplay:
             dx.sum().backward()
 
 
-@pytest.mark.parametrize("policy", ["blocks", "op", "block:0", "block:", "block:x", "ops:2", "none:1", ""])
+@pytest.mark.parametrize("policy", ["blocks", "op", "block:0", "block:", "block:x", "ops:2", "none:1", "", None, 3])
 def test_unknown_policies(policy):
-    message = f"recompute must be one of none, ops, mlp, block, or block:k for every k-th block, got '{policy}'"
+    message = f"recompute must be one of none, ops, mlp, block, or block:k for every k-th block, got {policy!r}"
     with pytest.raises(ValueError, match=message):
         build(policy, depth=1)
 
