@@ -37,8 +37,9 @@ def test_no_kernel_spills_at_the_shapes_of_dit_xl(arch, tmp_path):
         assert row["arch"] == arch and row["spills"] == 0 and 16 <= row["registers"] <= 255
         assert 0 <= row["wide_loads"] <= row["loads"] and row["shared_bytes"] <= SHARED_LIMITS[arch]
         assert row["kernel"] in done.stdout
-    # Rows of D are read 16 bytes a thread; what is narrow is the tail of 128, and the scalars of a row.
-    assert all(row["wide_loads"] >= 3 for row in rows if row["kernel"].startswith("_norm"))
+    # Rows of D are read 16 bytes a thread; what is narrow is the tail of 128, and the scalars of a row. Only 16 warps,
+    # which the fused backward of 3072 columns needs in order not to spill, leave 8 bytes for each thread.
+    assert all(row["wide_loads"] >= 3 for row in rows if row["kernel"].startswith("_norm") and row["warps"] < 16)
 
 
 def test_every_kernel_that_is_written_is_launched():
