@@ -64,6 +64,7 @@ def assert_same(ours, theirs):
 PARALLEL = {
     "plain": {},
     "accumulate": {"train.accumulate": 2, "optim.clip_norm": 0.5, "train.recompute": "block:2"},
+    "mlp": {"train.recompute": "mlp"},
     "importance": {"diffusion.timestep_sampler": "loss-second-moment", "diffusion.diffusion_steps": 4},
     "bf16-fast": {"train.precision": "bf16-fast"},
 }
@@ -71,7 +72,7 @@ PARALLEL = {
 
 @pytest.mark.parametrize("options", [
     PARALLEL["accumulate"],
-    *(pytest.param(PARALLEL[name], marks=pytest.mark.full) for name in ("plain", "importance")),
+    *(pytest.param(PARALLEL[name], marks=pytest.mark.full) for name in ("plain", "mlp", "importance")),
 ])  # fmt: skip
 def test_two_processes_have_the_numbers_of_one(options, tiny_run, tmp_path):
     common = {"train.steps": 7} | EPS | options

@@ -1,10 +1,19 @@
 """Whole blocks over the Triton kernels (interpreted where there is no GPU) against the same blocks over PyTorch."""
 
+import copy
+
 import pytest
 import torch
 
 from ditfast.kernels._op import Op
+from ditfast.kernels.parity import judge
+from ditfast.layers import DiT
 from ditfast.layers.block import DiTBlock, settle
+
+OPS = {"adaln_modulate", "attention_qkvpacked", "gate_residual_adaln_modulate", "gelu_mlp", "gate_residual"}
+# Outputs are up to 2.2 in size, where float32 rounds by 1.2e-7, dozens of times in a row; 1e-5 would do for that and
+# another 1e-5 is due to the goldens' own float32 timestep frequencies (tests/test_reference.py).
+GOLDEN_ROUNDING = 2e-5
 
 
 @pytest.fixture
@@ -32,29 +41,47 @@ def auto_is(monkeypatch):
     return force
 
 
-def outputs_and_gradients(blocks, x, c):
+def results(blocks, x, c, autocast=None):
     """The stream behind blocks that hand their pending residual on, and the gradients of all weights, x and c."""
-    leaves = [x.detach().requires_grad_(), c.detach().requires_grad_(), *blocks.parameters()]
-    pending = (leaves[0], None, None)
-    for block in blocks:
-        pending = block.forward_pending(pending, block.adaLN_modulation(leaves[1]))
-    out = settle(*pending)
-    return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
+    leaves = {"x": x.detach().requires_grad_(), "c": c.detach().requires_grad_(), **dict(blocks.named_parameters())}
+    pending = (leaves["x"], None, None)
+    with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+        for block in blocks:
+            pending = block.forward_pending(pending, block.adaLN_modulation(leaves["c"]))
+        out = settle(*pending)
+    grads = torch.autograd.grad(out.double().square().mean(), list(leaves.values()))
+    return {"out": out.detach()} | dict(zip(leaves, grads, strict=True))
+
+
+DTYPES = {
+    "float32": (torch.float32, None),
+    "autocast": (torch.float32, torch.bfloat16),
+    "bfloat16": (torch.bfloat16, None),
+}
 
 
 @pytest.mark.parametrize("gated", (True, False), ids=("adaLN-Zero", "adaLN"))
-@pytest.mark.parametrize("autocast", (False, True), ids=("float32", "autocast"))
-def test_blocks_on_triton_equal_blocks_on_pytorch(gated, autocast, device, auto_is):
+@pytest.mark.parametrize("dtype, autocast", DTYPES.values(), ids=DTYPES)
+def test_blocks_on_triton_are_within_both_budgets(gated, dtype, autocast, device, auto_is):
     torch.manual_seed(0)
-    blocks = torch.nn.ModuleList(DiTBlock(96, 2, gated=gated) for _ in range(2)).to(device)
-    x, c = torch.randn(3, 9, 96, device=device), torch.randn(3, 96, device=device)
-    with torch.autocast(device, torch.bfloat16, enabled=autocast):
-        auto_is("reference")
-        expected = outputs_and_gradients(blocks, x, c)
-        took = auto_is("triton")
-        results = outputs_and_gradients(blocks, x, c)
-    assert {"adaln_modulate", "attention_qkvpacked", "gate_residual_adaln_modulate", "gate_residual"} <= set(took)
-    for result, truth in zip(results, expected, strict=True):
-        assert result.dtype == truth.dtype
-        error = (result - truth).norm() / truth.norm()
-        assert error < (2e-2 if autocast else 1e-5)
+    blocks = torch.nn.ModuleList(DiTBlock(96, 2, gated=gated) for _ in range(2)).to(device, dtype)
+    x, c = (torch.randn(shape, device=device).to(dtype) for shape in ((3, 9, 96), (3, 96)))
+    auto_is("reference")
+    eager = results(blocks, x, c, autocast)
+    exact = results(copy.deepcopy(blocks).double(), x.double(), c.double())
+    took = auto_is("triton")
+    ours = results(blocks, x, c, autocast)
+    assert set(took) >= OPS
+    # The RMS over the hundreds of values of a bias is itself a draw, uncertain by some 7 %.
+    slack = {name: 1.2 for name in exact if name.endswith("bias")}
+    assert [verdict for verdict in judge(ours, eager, exact, slack=slack) if not verdict.ok] == []
+
+
+def test_the_tiny_model_on_triton_equals_the_golden_outputs(tiny, golden, golden_state, device, auto_is):
+    model = DiT(**tiny).eval().to(device)
+    model.load_state_dict(golden_state)
+    took = auto_is("triton")
+    with torch.no_grad():
+        out = model(*(golden[f"in/{name}"].to(device) for name in "xty"))
+    assert set(took) == OPS - {"gate_residual"} | {"patchify", "timestep_embedding", "unpatchify"}
+    assert (out.cpu() - golden["out/forward"]).abs().max() <= GOLDEN_ROUNDING
