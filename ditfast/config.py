@@ -207,7 +207,7 @@ class RunConfig:
         try:
             policy_of_block(self.train.recompute, 0)
         except ValueError as error:
-            raise ConfigError(f"train.{error}{nearest(self.train.recompute, RECOMPUTE_POLICIES)}") from error
+            raise ConfigError(f"train.{error}{nearest(str(self.train.recompute), RECOMPUTE_POLICIES)}") from error
         for key, (low, high) in LIMITS.items():
             section, _, name = key.rpartition(".")
             value = getattr(getattr(self, section) if section else self, name)
