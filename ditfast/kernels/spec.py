@@ -61,7 +61,8 @@ class OpSpec:
     traffic     what the traffic count runs, where the benches with two samples are not representative or too large
     limits      those of traffic.LIMITS that an op is above by design, with a reason
     resize      makes a case with other sizes, of (case, sizes), where others follow from them; ValueError for none
-    slack       by how much the RMS error of a tensor may exceed the parity budget, where the method rounds once more
+    slack       by how much the RMS errors may exceed the parity budget where the method rounds once more, by the
+                tensors' names, from the inputs; None: by nothing
     """
 
     op: Op
@@ -83,7 +84,7 @@ class OpSpec:
     inputs: Callable[..., dict[str, Any]] | None = None
     traffic: tuple[Case, ...] | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
-    slack: Mapping[str, float] = field(default_factory=dict)
+    slack: Callable[[Mapping[str, Any]], Mapping[str, float]] | None = None
     resize: Callable[[Case, Mapping[str, int]], Case] | None = None
 
     @property

@@ -16,6 +16,7 @@ kernels of others, dispatch.py the choice.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -141,10 +142,19 @@ def attention_qkvpacked(qkv: torch.Tensor, *, scale: float | None = None, backen
     return _PACKED_OP(backend, (qkv.to(linear_dtype(qkv)),), (_scale(_PACKED_OP.name, scale, sizes["head_dim"]),))
 
 
-# Delta comes from the rounded o, as in every flash attention: an error that all keys of a row share, and that does not
-# average out in dq as those of the eager softmax do. With 600 keys dq has twice their RMS error in bfloat16; with two
-# keys, whose ds are a difference of nearly equal numbers, dk shows it in float32 too.
-_SLACK = {"dq": 2.5, "dk": 1.5}
+def _slack(inputs: Mapping[str, Any]) -> dict[str, float]:
+    """How far the RMS errors of dq and dk may exceed the budgets.
+
+    Delta comes from the rounded o, as in every flash attention: an error that all keys of a row share, and that does
+    not average out in dq as those of the eager softmax do. In bfloat16 dq then has 1.0 times their RMS error with 64
+    keys, 1.7 with 256, 2.5 with 600 and 3.0 with 1024, by PyTorch's own kernels too. With two keys, whose ds are a
+    difference of nearly equal numbers, dk shows it in float32, to 1.3 times that budget. The rest is the spread of
+    the errors between draws of a few numbers.
+    """
+    k = inputs["k"]
+    return {"dq": math.sqrt(1.2 + k.shape[1] / 90), "dk": 1.5 if k.dtype == torch.float32 else 1.1}
+
+
 # Every tile of queries reads all keys again, and the backward reads all twice; the L1 or L2 serves that.
 _LIMITS = {"requested": 2.05}
 
@@ -178,7 +188,7 @@ SPEC = OpSpec(
     shard=("B", "H"),
     traffic=(Case("DiT-XL/2, 2 heads, T = 256", _XL | {"B": 2, "Tq": 256, "Tk": 256, "H": 2}),),
     limits=_LIMITS,
-    slack=_SLACK,
+    slack=_slack,
 )
 PACKED_SPEC = OpSpec(
     op=_PACKED_OP,

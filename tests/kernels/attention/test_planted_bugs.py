@@ -36,6 +36,7 @@ BUGS = (
     ("_attention_fwd_kernel", "unwritten last query", "(row < Tq)[:, None]", "(row < Tq - 1)[:, None]", "odd"),
     ("dq_tile", "missing delta", "(dp - delta[:, None])", "dp", "odd", "long"),
     ("dq_tile", "delta without the tail", "delta += tl.sum(tail_o", "_ = tl.sum(tail_o", "odd", "long"),
+    ("dq_tile", "dq x 0.99", "cols, dq * scale", "cols, 0.99 * dq * scale", "odd"),
     ("dq_tile", "missing scale", "dq_row + cols, dq * scale", "dq_row + cols, dq", "odd", "long"),
     ("dq_tile", "last key dropped", "start + key < Tk", "start + key < Tk - 1", "odd", "long"),
     ("dq_tile", "tail of dq forgotten", "tail_dq * scale,", "0.0 * tail_dq,", "odd", "long"),
