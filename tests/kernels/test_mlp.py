@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from ditfast.kernels import OPS, BackendError, _gemm, _triton, backend_of, gelu_mlp, parity, swiglu_mlp
 from ditfast.kernels._op import Op
@@ -122,7 +123,7 @@ def test_library_form_spends_no_gemm_on_frozen_weights(spec, device, generator):
     inputs = spec.make_inputs(spec.cases[0], torch.float32, device, generator)
     inputs["h"].requires_grad_()
     y = spec.fn(**inputs, backend="gemm")
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == spec.flops(inputs)
 
