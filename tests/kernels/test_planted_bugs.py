@@ -1,7 +1,6 @@
 """Bugs planted in a kernel's source must fail the budgets, in every dtype: else the suite would not see real ones."""
 
 import importlib
-import importlib.util
 import inspect
 
 import pytest
@@ -216,24 +215,6 @@ SHARED = {
 }
 
 
-def mutated(home, function: str, right: str, wrong: str, path):
-    """The jit functions of a module by name, compiled anew with `right` replaced by `wrong` in one of them."""
-    kind = type(getattr(home, function))
-    sources, imports = {}, ["from ditfast.kernels._triton import jit, tl"]
-    for name, value in vars(home).items():
-        if isinstance(value, kind) and inspect.unwrap(value.fn).__module__ == home.__name__:
-            sources[name] = inspect.getsource(inspect.unwrap(value.fn))
-        elif isinstance(value, kind):
-            imports.append(f"from {inspect.unwrap(value.fn).__module__} import {name}")
-    assert right in sources[function], f"{right!r} is no longer in {function}: bring the planted bug up to date"
-    sources[function] = sources[function].replace(right, wrong)
-    path.write_text("\n".join([*imports, "", "", *sources.values()]))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return {name: getattr(module, name) for name in sources}
-
-
 def cases_of(name: str, *only: str):
     """The widest of the default cases too, where a maximum alone is blind; for breadth, since it is slow."""
     by_name = {case.name: case for case in SPECS[name].cases}
@@ -259,16 +240,13 @@ def cases_of(name: str, *only: str):
         if not (case.mixed and dtype == torch.float32) and (dtype == torch.float32 or bug not in BELOW_A_ROUNDING)
     ],
 )
-def test_planted_bug_is_rejected(name, which, right, wrong, case, dtype, device, generator, monkeypatch, tmp_path):
+def test_planted_bug_is_rejected(name, which, right, wrong, case, dtype, device, generator, plant):
     spec = SPECS[name]
     own = importlib.import_module(spec.fn.__module__)
     default = (own, f"_{name}_{which}_kernel" if which else f"_{name}_kernel")
     module, function = SHARED.get(which, default)
     if not function.endswith("_kernel") and device == "cuda":
         pytest.skip("what calls it is compiled already")
-    for changed, kernel in mutated(module, function, right, wrong, tmp_path / "mutant.py").items():
-        for user in {module, own, _gemm}:
-            if hasattr(user, changed):
-                monkeypatch.setattr(user, changed, kernel)
+    plant([module], function, right, wrong, users=(own, _gemm))
     verdicts = parity.check(spec, spec.make_inputs(case, dtype, device, generator), "triton", generator)
     assert not all(verdict.ok for verdict in verdicts), verdicts
