@@ -14,9 +14,9 @@ from rich.table import Table
 
 from ditfast import __version__, kernels
 from ditfast.config import PRECISIONS, PRESETS, ConfigError, checked_precision, nearest
+from ditfast.hardware import find_gpu
 from ditfast.kernels.attention import libraries
 from ditfast.layers import DiT_models
-from ditfast.logs import datasheet_tflops
 from ditfast.plan import plan_memory, state_bytes
 
 # What bench/gpu.sh writes; only a source tree has it.
@@ -62,7 +62,7 @@ def devices() -> list[tuple[torch.device, str]]:
     found = [(torch.device("cpu"), f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")]
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        peak = datasheet_tflops(p.name)
+        peak = getattr(find_gpu(p.name), "bf16", None)
         line = f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB, {p.multi_processor_count} SMs"
         found.append((torch.device("cuda", i), line + (f", {peak} TFLOP/s bf16 by datasheet" if peak else "")))
     return found

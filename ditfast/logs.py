@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import re
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -22,16 +21,10 @@ from torch import Tensor
 from ditfast.config import Precision
 from ditfast.distributed.world import is_main_process
 from ditfast.files import replacing
+from ditfast.hardware import dtype_name, find_gpu
 
 log = logging.getLogger("ditfast")
 console = Console(stderr=True)  # one for log and progress bar, or they would write over each other
-
-# Dense 16-bit tensor-core peaks in TFLOP/s by datasheet, by whole words of the device's name; the first match counts.
-PEAK_TFLOPS = {
-    "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989,
-    "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "V100": 125,
-    "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
-}  # fmt: skip
 
 
 def setup_logging() -> None:
@@ -45,16 +38,12 @@ def setup_logging() -> None:
     log.propagate = False
 
 
-def datasheet_tflops(device_name: str) -> float | None:
-    """Dense 16-bit peak in TFLOP/s of a GPU by its name, None for one that is not listed."""
-    return next((peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
-
-
 def peak_flops(device: torch.device, precision: Precision) -> float | None:
-    """Peak FLOP/s of the device for this precision, or None where it is not known (CPUs, fp32)."""
+    """Peak FLOP/s of the device by datasheet for this precision, or None where it is not known (CPUs, fp32)."""
     if device.type != "cuda" or precision.compute is torch.float32:
         return None
-    peak = datasheet_tflops(torch.cuda.get_device_name(device))
+    found = find_gpu(torch.cuda.get_device_name(device))
+    peak = getattr(found, dtype_name(precision.compute), None)
     return peak and 1e12 * peak
 
 

@@ -100,14 +100,6 @@ class TestMeter:
         assert meter.read(8, 1, None)["images_per_s"] == 8.0
 
 
-@pytest.mark.parametrize("name, tflops", [
-    ("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312),
-    ("NVIDIA A10G", 70), ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA RTX A1000", None), ("Tesla T4", None),
-])  # fmt: skip
-def test_peak_by_name(name, tflops):
-    assert logs.datasheet_tflops(name) == tflops
-
-
 def test_no_peak_is_claimed_for_a_cpu():
     assert logs.peak_flops(torch.device("cpu"), PRECISIONS["bf16"]) is None
 
