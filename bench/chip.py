@@ -7,8 +7,6 @@ with the commit and the machine. An op whose source has another hash since is st
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -18,12 +16,12 @@ from typing import Any
 
 import torch
 
+from bench.machine import ROOT, machine_line
 from ditfast.doctor import LEDGER
 from ditfast.kernels import OPS, OpSpec
 from ditfast.kernels._source import source_hash
 from ditfast.kernels.attention.libraries import LIBRARIES, version_of
 
-ROOT = Path(__file__).parents[1]
 KERNEL_OPS = tuple(spec for spec in OPS if "triton" in spec.op.backends)
 # What other people's kernels are entered as, with the version that ran; the doctor looks there.
 ADAPTERS = {f"{spec.name}/{name}": name for spec in OPS for name in spec.op.functions if name in LIBRARIES}
@@ -60,21 +58,6 @@ def forget(name: str, path: Path = LEDGER) -> None:
 def _write(ledger: Ledger, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(sorted(ledger.items())), indent=1) + "\n")
-
-
-def machine_line() -> dict[str, Any]:
-    """Commit, GPU and versions of a run; the commit is null outside a git checkout."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True
-    )
-    return {
-        "commit": git.stdout.strip() if git.returncode == 0 else None,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": getattr(sys.modules.get("triton"), "__version__", None),
-        "python": platform.python_version(),
-    }
 
 
 class Tally:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from bench import chip
+from bench.machine import machine_line
 from ditfast.kernels import parity
 
 RESULTS = chip.ROOT / "bench" / "results" / "sanitizer.json"
@@ -86,7 +87,7 @@ def sanitize(seconds: float, results: Path = RESULTS) -> set[str]:
     for name in failed:
         chip.forget(name, results)
     if passed:
-        chip.record([n for n in names if n not in failed], chip.machine_line() | {"passed": passed}, results)
+        chip.record([n for n in names if n not in failed], machine_line() | {"passed": passed}, results)
     return failed
 
 

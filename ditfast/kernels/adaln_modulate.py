@@ -167,5 +167,5 @@ SPEC = OpSpec(
     shard=("B", "T"),
     recompute=("y",),
     bwd_unread=("shift",),
-    peers={"liger": liger_modulated_norm},
+    peers={"liger-kernel": liger_modulated_norm},
 )

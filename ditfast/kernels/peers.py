@@ -21,10 +21,10 @@ class PeerError(RuntimeError):
 
 
 def peers_of(spec: OpSpec) -> dict[str, Peer]:
-    """Every peer of an op by name: "eager", "torch.compile" unless it works in place, and the spec's own."""
+    """Every peer of an op by name: "eager", "compile" unless it works in place, and the spec's own."""
     eager = partial(spec.fn, backend="reference")
     # Of an op in place over hundreds of tensors torch.compile makes one graph for minutes, which nobody would run.
-    return {"eager": eager} | ({} if spec.mutates else {"torch.compile": _compiled(eager)}) | dict(spec.peers or {})
+    return {"eager": eager} | ({} if spec.mutates else {"compile": _compiled(eager)}) | dict(spec.peers or {})
 
 
 def _compiled(fn: Peer) -> Peer:

@@ -7,6 +7,7 @@ CUDA events, inputs out of the L2, candidates in turn, the median.
 """
 
 import logging
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -22,7 +23,7 @@ from .spec import Case, OpSpec, RawCalls
 MARGIN = 0.02  # what is faster by less is within the scatter, and not worth other bits
 HOPS = 4
 ROUNDS = 40
-FLUSH = 512 * 2**20  # bytes written before each run: several times any L2, and long enough to hide the host's time
+FLUSH = 512 * 2**20  # bytes written before each run: several times any L2
 log = logging.getLogger("ditfast.kernels")
 
 
@@ -199,19 +200,43 @@ def neighbours(config: Config) -> list[Config]:
     return found
 
 
-def time_on_gpu(runs: Sequence[Run]) -> list[float]:
-    """Median milliseconds of each run, in turn, the L2 flushed before each."""
-    for run in runs:
+class DeviceTimer:
+    """Device time of a run between CUDA events, the L2 flushed before it."""
+
+    def __init__(self, device: str | torch.device = "cuda") -> None:
+        self.device = torch.device(device)
+        self.buffer = torch.empty(FLUSH, dtype=torch.int8, device=self.device)
+        self.flush_seconds = 0.0
+        self(self.buffer.zero_)
+        self.flush_seconds = self(self.buffer.zero_) / 1e3
+
+    def host_seconds(self, run: Callable[[], object]) -> float:
+        """How long the host takes to launch a run."""
+        torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
         run()
-    flush = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
-    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in runs]
-    for _ in range(ROUNDS):
-        for run, found in zip(runs, events, strict=True):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
+        seconds = time.perf_counter() - start
+        torch.cuda.synchronize(self.device)
+        return seconds
+
+    def __call__(self, run: Callable[[], object], hide: float = 0.0) -> float:
+        """Milliseconds of a run; the flush lasts longer than `hide` seconds of the host, or launches would show."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(self.device):
+            for _ in range(1 + int(hide / self.flush_seconds) if self.flush_seconds else 1):
+                self.buffer.zero_()
             start.record()
             run()
             end.record()
-            found.append((start, end))
-    torch.cuda.synchronize()
-    return [median(start.elapsed_time(end) for start, end in found) for found in events]
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def time_on_gpu(runs: Sequence[Run]) -> list[float]:
+    """Median milliseconds of each run, in turn."""
+    timer = DeviceTimer()
+    for run in runs:
+        run()
+    hidden = [timer.host_seconds(run) for run in runs]
+    rounds = [[timer(run, hide) for run, hide in zip(runs, hidden, strict=True)] for _ in range(ROUNDS)]
+    return [median(samples) for samples in zip(*rounds, strict=True)]

@@ -15,7 +15,7 @@ from ditfast.kernels.peers import PeerError, as_backend, peers_of
 ROOT = Path(__file__).parents[2]
 SPECS = {spec.name: spec for spec in OPS}
 PEERS = [
-    pytest.param(spec, name, id=f"{spec.name}-{name}", marks=[pytest.mark.full] if name == "torch.compile" else [])
+    pytest.param(spec, name, id=f"{spec.name}-{name}", marks=[pytest.mark.full] if name == "compile" else [])
     for spec in OPS
     for name in peers_of(spec)
 ]
@@ -30,7 +30,7 @@ def verdicts(spec, name, case, device, generator):
 
 @pytest.mark.parametrize(("spec", "name"), PEERS)
 def test_each_peer_that_is_here_agrees_with_the_reference(spec, name, device, generator):
-    if name == "liger" and device == "cpu":
+    if name == "liger-kernel" and device == "cpu":
         pytest.skip("its kernels do not run in the interpreter")
     for case in (spec.cases[0], *(case for case in spec.cases if case.name in ("no_ema", "found_inf"))):
         try:
@@ -51,7 +51,7 @@ def test_a_peer_that_does_not_agree_is_seen(wrong, device, generator):
 @pytest.mark.parametrize(
     ("op", "name", "module", "says"),
     (
-        ("adaln_modulate", "liger", "liger_kernel", r"pip install 'liger-kernel"),
+        ("adaln_modulate", "liger-kernel", "liger_kernel", r"pip install 'liger-kernel"),
         ("adamw_ema", "apex", "amp_C", r"github\.com/NVIDIA/apex .*PyPI is another package"),
         ("adamw_ema", "apex", "apex.multi_tensor_apply", r"github\.com/NVIDIA/apex .*PyPI is another package"),
     ),
@@ -83,11 +83,11 @@ def test_liger_is_given_the_norm_that_it_has_and_refuses_others(device, generato
     spec, fits = SPECS["adaln_modulate"], 0
     for case in spec.cases:
         if case.kwargs.get("norm") == "rms" and "scale" not in case.absent:
-            found = verdicts(spec, "liger", case, device, generator)
+            found = verdicts(spec, "liger-kernel", case, device, generator)
             fits += all(verdict.ok for verdict in found)
         else:
             with pytest.raises(PeerError, match="norm='rms', with a scale"):
-                verdicts(spec, "liger", case, device, generator)
+                verdicts(spec, "liger-kernel", case, device, generator)
     assert fits >= 4
 
 

@@ -1,0 +1,74 @@
+"""Suites and tools by name: `python -m bench SUITE`, and what COMMANDS lists, each with a --help of its own."""
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from bench import limits
+from bench.contest import Settings
+from bench.machine import machine
+from bench.rows import resume
+from bench.runner import failures, run, table
+from bench.suites import SUITES, Options, scale_of
+
+# Sub-command -> the module whose main(arguments) does it and returns the exit status.
+COMMANDS: dict[str, str] = {"limits": "bench.limits"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a suite or a tool; a suite's status is 1 where ditfast failed parity or raised, and 0 without a GPU."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if argv and argv[0] in COMMANDS:
+        return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
+    options = _parser().parse_args(argv)
+    try:
+        return suite(options)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def suite(options: argparse.Namespace) -> int:
+    """Measures a suite, prints its table; the exit status."""
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    scale, here = scale_of(device, options.small), machine(device)
+    results = resume(options.json, here)
+    module = importlib.import_module(SUITES[options.suite])
+    found = limits.of(device)
+    results.limits = limits.as_dict(found)
+    settings = Settings(device, found, scale.rounds, scale.seconds, here["cache_bytes"])
+    left = run(
+        module.contests(Options(device, scale)),
+        results,
+        settings,
+        seconds=options.seconds,
+        only=options.only,
+        path=options.json,
+    )
+    rows = [row for row in results.rows if row.suite == options.suite]
+    print(getattr(module, "table", table)(rows))
+    print(f"on {here['device']}, {here['threads']} threads, torch {here['torch']}, commit {here['commit']}")
+    if left:
+        print(f"out of time: {left} jobs are left" + ("; the same command goes on" if options.json else ""))
+    return int(bool(failures(rows)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    tools = "; ".join(f"{name} ({module})" for name, module in COMMANDS.items())
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, epilog=f"tools: {tools}")
+    parser.add_argument("suite", choices=SUITES, help="what to measure")
+    parser.add_argument("--small", action="store_true", help="the smallest sizes: whether all runs, not how fast")
+    parser.add_argument("--only", default="", metavar="REGEX", help="jobs whose 'suite name dtype shape' contains this")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no job that would end later")
+    parser.add_argument("--json", metavar="FILE", help="where rows are kept; jobs that it has are not measured again")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu; a GPU where there is one")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Runs a suite: goes on from a file, ends in time, passes over what fails, and gives a short table."""
+
+import logging
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from bench.contest import Settings, told
+from bench.rows import COMPILE, DITFAST, EAGER, Job, Results, Row
+from bench.suites import Piece
+
+log = logging.getLogger("bench")
+
+
+def run(
+    pieces: Iterable[Piece],
+    results: Results,
+    settings: Settings,
+    *,
+    seconds: float = float("inf"),
+    only: str = "",
+    path: str | Path | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
+    """Measures the pieces that `results` lacks and enters their rows; returns how many are left for want of time.
+
+    only  a regular expression that a piece's job, joined by spaces, must contain
+    path  where the results are saved after every piece
+    A piece that raises is a row that says so. None is begun that would not end in time if it took as long as the
+    longest so far.
+    """
+    deadline, longest, left = clock() + seconds, 0.0, 0
+    for piece in pieces:
+        if results.of(piece.job) or not re.search(only, " ".join(piece.job)):
+            continue
+        start = clock()
+        if start + longest > deadline:
+            left += 1
+            continue
+        try:
+            rows = piece.measure(settings)
+        except Exception as error:
+            suite, name, dtype, shape = piece.job
+            rows = [Row(suite, name, DITFAST, dtype, shape, extra={"failed": told(error)})]
+        longest = max(longest, clock() - start)
+        results.add(rows)
+        log.info("%s: %.0f s", " ".join(piece.job), clock() - start)
+        if path is not None:
+            results.save(path)
+    return left
+
+
+def failures(rows: Iterable[Row]) -> list[Row]:
+    """The rows of ditfast itself that were refused or failed."""
+    return [row for row in rows if row.provider == DITFAST and row.extra.keys() & {"refused", "failed"}]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line per job: ditfast's milliseconds, how many times as fast as others it is, and what was not measured."""
+    jobs = dict[Job, dict[str, Row]]()
+    for row in rows:
+        jobs.setdefault(row.job, {})[row.provider] = row
+    head = ("job", "dtype", "shape", "ditfast ms", "x eager", "x compile", "x fastest other", "% of limit", "MB", "")
+    lines = [head, *(_line(job, found) for job, found in jobs.items())]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _line(job: Job, found: dict[str, Row]) -> tuple[str, ...]:
+    _, name, dtype, shape = job
+    own = found.get(DITFAST) or next(iter(found.values()))
+    others = {p: row for p, row in found.items() if row.ms is not None and p not in (own.provider, EAGER, COMPILE)}
+    best = min(others, key=lambda provider: others[provider].ms or 0, default=None)
+    notes = [f"{p} {row.why_not}" for p, row in found.items() if row.why_not and "absent" not in row.extra]
+    return (
+        *(name, dtype, shape, "-" if own.ms is None else f"{own.ms:.4g}"),
+        *(_ratio(found.get(EAGER), own), _ratio(found.get(COMPILE), own)),
+        f"{_ratio(others[best], own)} {best}" if best else "-",
+        "-" if own.percent_of_limit is None else f"{own.percent_of_limit:.0f}",
+        "-" if own.peak_bytes is None else f"{own.peak_bytes / 1e6:.1f}",
+        "; ".join(notes)[:80],
+    )
+
+
+def _ratio(other: Row | None, own: Row) -> str:
+    return "-" if other is None or other.ms is None or own.ms is None else f"{other.ms / own.ms:.2f}"
