@@ -15,8 +15,9 @@ from ditfast.hardware import Ceilings
 
 # Several times the caches, and small enough for any GPU.
 COPY_BYTES = 2**30
-# A GEMM of 8192^3 is the customary measure on a GPU; a CPU needs a second for a tenth of that.
+# A GEMM of 8192^3 is the customary measure on a GPU; on a CPU it is the largest up to 1024^3 that takes SECONDS.
 GEMM_SIZE, CPU_GEMM_SIZE = 8192, 1024
+SECONDS = 0.2
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 
 
@@ -61,17 +62,23 @@ def as_dict(found: Ceilings | None) -> dict[str, Any] | None:
 
 
 def _gemm_tflops(dtype: torch.dtype, size: int, device: torch.device, tf32: bool) -> float:
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    while device.type == "cpu" and size > 128 and _gemm_seconds(dtype, size // 4, device, rounds=3) > SECONDS / 64:
+        size //= 2
     before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
     try:
-        return 2 * size**3 / 1e12 / _fastest(lambda: a @ b, device)
+        return 2 * size**3 / 1e12 / _gemm_seconds(dtype, size, device)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _fastest(run: Any, device: torch.device) -> float:
+def _gemm_seconds(dtype: torch.dtype, size: int, device: torch.device, rounds: int = 30) -> float:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return _fastest(lambda: a @ b, device, rounds)
+
+
+def _fastest(run: Any, device: torch.device, rounds: int = 30) -> float:
     """Seconds."""
-    return min(interleaved({"": run}, device, rounds=30, seconds=1.0)[""].samples) / 1e3
+    return min(interleaved({"": run}, device, rounds=rounds, seconds=0.5)[""].samples) / 1e3
 
 
 def main(argv: Sequence[str] | None = None) -> int:

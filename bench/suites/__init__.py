@@ -13,7 +13,9 @@ from ditfast.kernels.spec import Case
 from ditfast.kernels.tune import resize
 
 # Suite -> the module whose contests(Options) it is, an iterator of Pieces; with a table(rows) of its own if it has one.
-SUITES: dict[str, str] = {"ops": "bench.suites.ops"}
+SUITES: dict[str, str] = {
+    name: f"bench.suites.{name}" for name in ("ops", "model", "feed", "sample", "memory", "scale")
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def _cpu_case(spec: OpSpec) -> tuple[Case, ...]:
 
 
 SMALL = Scale("small", lambda spec: spec.cases[:1], ("fp32",), compile=False, rounds=3, seconds=0.1)
-CPU = Scale("cpu", _cpu_case, ("fp32", "bf16"), compile=True, rounds=20, seconds=1.0)
+CPU = Scale("cpu", _cpu_case, ("fp32", "bf16"), compile=True, rounds=20, seconds=0.5)
 GPU = Scale("gpu", lambda spec: spec.bench, ("bf16",), compile=True, rounds=50, seconds=2.0)
 
 

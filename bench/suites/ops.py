@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from bench.rows import COMPILE, DITFAST, EAGER
 from bench.suites import Options
 from bench.timing import Prepared, Run, Timing
 from ditfast.kernels import OPS, BackendError, OpSpec, backend_of, parity
-from ditfast.kernels.peers import PeerError, as_backend, peers_of
+from ditfast.kernels.peers import PeerError, judge_peer, peers_of
 from ditfast.kernels.spec import Case
 from ditfast.kernels.tune import resize
 
@@ -31,6 +30,8 @@ def contests(options: Options, specs: tuple[OpSpec, ...] = OPS) -> Iterator[Cont
         for case in options.scale.ops(spec):
             for dtype in options.scale.dtypes:
                 yield from Match(spec, case, dtype, options).contests()
+                # The next match is compiled anew: the compiler gives up a function at its eighth set of shapes.
+                torch.compiler.reset()
 
 
 class Match:
@@ -111,8 +112,8 @@ class Match:
     def judge(self, provider: str) -> str | None:
         """Parity of a provider on the inputs that are timed; of other people's also in float32.
 
-        Ours have to stay within the budgets of the tests. Others round in their own places, so theirs are twice the
-        errors of the eager reference in the same dtypes; that they do the same job shows in float32, if they have it.
+        Ours have to stay within the budgets of the tests. Others round and add up in their own places, so judge_peer
+        is for theirs; that they do the same job shows in float32, where they have it.
         """
         if self._truth is None:
             few = {"N": CHECKED_TENSORS} if self.spec.mutates and "N" in self.case.sizes else {}
@@ -124,7 +125,7 @@ class Match:
             case = (self.spec.resize or resize)(self.case, {"B": 2}) if "B" in self.case.sizes else self.case
             truth = parity.truth(self.spec, self.draw(case, torch.float32), torch.Generator(self.device).manual_seed(1))
             try:
-                if found := wrong(replace(truth, spec=as_backend(self.spec, self.functions[provider])).judge(provider)):
+                if found := wrong(judge_peer(truth, self.functions[provider])):
                     return f"in float32: {found}"
             except (PeerError, BackendError) as error:
                 log.debug("%s of %s is not judged in float32: %s", provider, self.spec.name, error)
@@ -144,17 +145,8 @@ def entrants(spec: OpSpec, options: Options) -> dict[str, Callable[..., Any]]:
     taken = backend_of(spec.name, options.device, torch.float32)
     left_out = {taken, "reference"} | ({"triton"} if options.device.type == "cpu" else set())  # an interpreter there
     others = {name: partial(spec.fn, backend=name) for name in spec.op.backends if name not in left_out}
-    found = {DITFAST: spec.fn} | peers_of(spec) | others
+    found = {DITFAST: spec.fn} | others | peers_of(spec)
     return {name: fn for name, fn in found.items() if name != COMPILE or options.scale.compile}
-
-
-def judge_peer(truth: parity.Truth, peer: Callable[..., Any]) -> list[parity.Verdict]:
-    """The verdicts on a peer, by the errors of the eager reference on the inputs as they come."""
-    spec, inputs, douts = truth.spec, truth.inputs, truth.douts
-    results = parity.run(as_backend(spec, peer), inputs, "", douts)
-    eager = parity.run(spec, inputs, "reference", douts)
-    eager = {name: value.to(results[name].dtype) for name, value in eager.items()}
-    return parity.judge(results, eager, truth.exact, library=True, slack=spec.slack(inputs) if spec.slack else None)
 
 
 def wrong(verdicts: list[parity.Verdict]) -> str | None:

@@ -20,7 +20,7 @@ import torch
 from ._checks import check_dims, check_floating, check_number, check_out_dtype
 from ._norm import NORM_BENCH, check_norm, norm_bwd, norm_cases, norm_empty, norm_fwd, norm_ref
 from ._op import Kernels, Op
-from .peers import liger_modulated_norm
+from .peers import apex_modulated_norm, liger_modulated_norm
 from .spec import OpSpec
 
 DIMS = {"x": "B T D", "shift": "B D", "scale": "B D", "weight": "D"}
@@ -167,5 +167,5 @@ SPEC = OpSpec(
     shard=("B", "T"),
     recompute=("y",),
     bwd_unread=("shift",),
-    peers={"liger-kernel": liger_modulated_norm},
+    peers={"liger-kernel": liger_modulated_norm, "apex": apex_modulated_norm},
 )

@@ -33,7 +33,7 @@ from ._checks import check_dims, check_floating
 from ._op import InPlace, Op
 from ._triton import jit, launch, tl
 from .autotune import pick
-from .peers import apex_adamw, torch_adamw
+from .peers import apex_adamw, torch_adamw, transformer_engine_adamw
 from .spec import Case, OpSpec
 
 Tensors = Sequence[torch.Tensor]
@@ -376,5 +376,5 @@ SPEC = OpSpec(
     inputs=_inputs,
     mutates=("weights", "exp_avgs", "exp_avg_sqs", "emas", "steps"),
     overwrites=("copies",),
-    peers={"torch": torch_adamw, "apex": apex_adamw},
+    peers={"torch": torch_adamw, "apex": apex_adamw, "transformer-engine": transformer_engine_adamw},
 )

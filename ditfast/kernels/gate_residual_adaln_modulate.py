@@ -22,6 +22,7 @@ from ._norm import NORM_BENCH, check_norm, norm_bwd, norm_cases, norm_empty, nor
 from ._op import Kernels, Op
 from .adaln_modulate import adaln_modulate_ref
 from .gate_residual import gate_residual_ref
+from .peers import after_residual, apex_modulated_norm, liger_modulated_norm
 from .spec import Case, OpSpec
 
 DIMS = {"x": "B T D", "branch": "B T D", "gate": "B D", "shift": "B D", "scale": "B D", "weight": "D"}
@@ -158,4 +159,5 @@ SPEC = OpSpec(
     shard=("B", "T"),
     recompute=("x_new", "y"),
     bwd_unread=("shift",),
+    peers={"liger-kernel": after_residual(liger_modulated_norm), "apex": after_residual(apex_modulated_norm)},
 )

@@ -44,6 +44,7 @@ from ._op import Kernels, Op
 from ._rows import column_sums, empty_partials, sum_partials
 from ._triton import jit, launch, tl
 from .gelu_backward import gelu_backward
+from .peers import apex_gelu_mlp, diffusers_gelu_mlp, flash_attn_gelu_mlp
 from .spec import Case, OpSpec
 
 DIMS = {"h": "... D", "w1": "F D", "b1": "F", "w2": "D F", "b2": "D"}
@@ -325,4 +326,5 @@ SPEC = OpSpec(
     limits={"requested": 4.3, "unique": 2.3},
     flops=lambda inputs: 4 * inputs["h"].numel() * inputs["w1"].shape[0],
     shard=("B", "T"),
+    peers={"apex": apex_gelu_mlp, "flash-attn": flash_attn_gelu_mlp, "diffusers": diffusers_gelu_mlp},
 )

@@ -26,6 +26,7 @@ from ._op import Kernels, Op
 from ._rows import rows_per_program
 from ._triton import jit, launch, rows, tl
 from .autotune import pick
+from .peers import diffusers_patchify
 from .spec import Case, OpSpec, square
 
 DIMS = {"x": "B C H W", "weight": "D C p p", "bias": "D", "pos_embed": "1 T D"}
@@ -270,4 +271,5 @@ SPEC = OpSpec(
     resize=_resize,
     flops=lambda inputs: 2 * inputs["x"].numel() * inputs["weight"].shape[0],
     shard=("B",),
+    peers={"diffusers": diffusers_patchify},
 )

@@ -32,6 +32,7 @@ from ._op import Kernels, Op
 from ._rows import empty_partials, rows_per_program, sum_partials
 from ._triton import jit, launch, rows, tl
 from .autotune import pick
+from .peers import flash_attn_qk_norm_rope, liger_qk_norm_rope
 from .spec import Case, OpSpec
 
 DIMS = {
@@ -388,4 +389,5 @@ SPEC = OpSpec(
     shard=("B",),
     recompute=("out",),
     bwd_unread=_BIASES,
+    peers={"liger-kernel": liger_qk_norm_rope, "flash-attn": flash_attn_qk_norm_rope},
 )

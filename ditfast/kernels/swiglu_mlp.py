@@ -42,6 +42,7 @@ from ._gemm import (
 from ._op import Kernels, Op
 from ._rows import column_sums, empty_partials, sum_partials
 from ._triton import capability, jit, launch, tl
+from .peers import liger_swiglu_mlp, xformers_swiglu_mlp
 from .spec import Case, OpSpec
 from .swiglu_backward import swiglu_backward
 
@@ -385,4 +386,5 @@ SPEC = OpSpec(
     limits={"requested": 4.4, "unique": 2.2},
     flops=lambda inputs: 6 * inputs["h"].numel() * inputs["w1"].shape[0],
     shard=("B", "T"),
+    peers={"liger-kernel": liger_swiglu_mlp, "xformers": xformers_swiglu_mlp},
 )

@@ -18,6 +18,7 @@ from ._checks import check_dims, check_out_dtype
 from ._op import Kernels, Op
 from ._triton import jit, launch, tl
 from .autotune import pick
+from .peers import diffusers_timestep_embedding
 from .spec import Case, OpSpec
 
 DIMS = {"t": "B"}
@@ -205,4 +206,5 @@ SPEC = OpSpec(
     traffic=(Case("DiT-XL/2", {"B": 256}), Case("continuous time", {"B": 256}, floats=True)),
     integers={"t": 1000},
     shard=("B",),
+    peers={"diffusers": diffusers_timestep_embedding},
 )

@@ -24,6 +24,7 @@ import torch
 from .._checks import check_dims, check_floating, check_not_empty, check_number
 from .._gemm import linear_dtype
 from .._op import Kernels, Op
+from ..peers import transformer_engine_attention, transformer_engine_qkvpacked
 from ..spec import Case, OpSpec
 from . import backward, dispatch, forward, libraries, short
 from .reference import attention_qkvpacked_ref, attention_ref
@@ -189,6 +190,7 @@ SPEC = OpSpec(
     traffic=(Case("DiT-XL/2, 2 heads, T = 256", _XL | {"B": 2, "Tq": 256, "Tk": 256, "H": 2}),),
     limits=_LIMITS,
     slack=_slack,
+    peers={"transformer-engine": transformer_engine_attention},
 )
 PACKED_SPEC = OpSpec(
     op=_PACKED_OP,
@@ -211,4 +213,5 @@ PACKED_SPEC = OpSpec(
     shard=("B", "H"),
     traffic=(Case("DiT-XL/2, 2 heads, T = 256", _XL | {"B": 2, "T": 256, "H": 2}),),
     limits=_LIMITS,
+    peers={"transformer-engine": transformer_engine_qkvpacked},
 )

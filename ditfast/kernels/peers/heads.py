@@ -1,0 +1,90 @@
+"""attention and qk_norm_rope by other people's kernels; the attention libraries that are backends are not here."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ._base import PeerError, importing, require_one_dtype
+from .norms import LIGER, liger_norm
+
+FLASH_ATTN = ("flash-attn", "pip install flash-attn --no-build-isolation")
+TRANSFORMER_ENGINE = ("Transformer Engine", "pip install --no-build-isolation 'transformer-engine[pytorch]'")
+
+Norm = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None, float, str], torch.Tensor]
+Rotation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def transformer_engine_attention(**inputs: Any) -> torch.Tensor:
+    """attention by Transformer Engine's DotProductAttention, its own choice of kernel."""
+    with importing(*TRANSFORMER_ENGINE):
+        from transformer_engine.pytorch import DotProductAttention
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    require_one_dtype("Transformer Engine", inputs, torch.bfloat16, torch.float16)
+    attention = DotProductAttention(
+        num_attention_heads=q.shape[2],
+        kv_channels=q.shape[3],
+        attention_dropout=0.0,
+        qkv_format="bshd",
+        attn_mask_type="no_mask",
+        softmax_scale=inputs.get("scale"),
+    )
+    return attention(q, k, v).view(q.shape)
+
+
+def transformer_engine_qkvpacked(**inputs: Any) -> torch.Tensor:
+    """attention_qkvpacked by the same, of views into the packed tensor."""
+    q, k, v = inputs["qkv"].unbind(2)
+    return transformer_engine_attention(q=q, k=k, v=v, scale=inputs.get("scale"))
+
+
+def liger_qk_norm_rope(**inputs: Any) -> torch.Tensor:
+    """qk_norm_rope by Liger's norms and its rotation of halves."""
+    with importing(*LIGER):
+        from liger_kernel.ops.rope import LigerRopeFunction
+
+    def rotation(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        # It wants heads before tokens, and its tables for both halves.
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+        rotated = LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        return tuple(each.transpose(1, 2) for each in rotated)
+
+    if inputs["cos"] is not None and inputs.get("interleaved", True):
+        raise PeerError("Liger rotates halves: it has interleaved=False alone")
+    return _normed_and_rotated(liger_norm, rotation, inputs)
+
+
+def flash_attn_qk_norm_rope(**inputs: Any) -> torch.Tensor:
+    """qk_norm_rope by flash-attn's Triton norms and rotation."""
+    with importing(*FLASH_ATTN):
+        from flash_attn.layers.rotary import apply_rotary_emb
+        from flash_attn.ops.triton.layer_norm import layer_norm_fn
+
+    def norm(
+        x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, kind: str
+    ) -> torch.Tensor:
+        weight = x.new_ones(x.shape[-1]) if weight is None else weight
+        return layer_norm_fn(x, weight, bias, eps=eps, is_rms_norm=kind == "rms")
+
+    def rotation(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        interleaved = inputs.get("interleaved", True)
+        return tuple(apply_rotary_emb(each, cos, sin, interleaved=interleaved) for each in (q, k))
+
+    return _normed_and_rotated(norm, rotation, inputs)
+
+
+def _normed_and_rotated(norm: Norm, rotation: Rotation, inputs: dict[str, Any]) -> torch.Tensor:
+    """qkv with the norm and the rotation of a library, neither of which takes tensors of several dtypes."""
+    require_one_dtype("the library", inputs)
+    qkv = inputs["qkv"]
+    heads = inputs.get("num_heads") or qkv.shape[2]
+    packed = qkv.flatten(2, 3) if qkv.ndim == 5 else qkv
+    kv_heads = (packed.shape[2] - heads) // 2
+    q, k, v = packed.split((heads, kv_heads, kv_heads), 2)
+    kind, eps = inputs.get("norm", "none"), inputs.get("eps", 1e-6)
+    if kind != "none":
+        q = norm(q.contiguous(), inputs["q_weight"], inputs["q_bias"], eps, kind)
+        k = norm(k.contiguous(), inputs["k_weight"], inputs["k_bias"], eps, kind)
+    if inputs["cos"] is not None:
+        q, k = rotation(q, k, inputs["cos"], inputs["sin"])
+    return torch.cat((q, k, v), 2).view(qkv.shape)
