@@ -13,6 +13,7 @@ USAGE = """usage: ditfast COMMAND [options]
   sample   draw images from a run or a file     ditfast sample runs/digits --count 100
   export   write a run in the official format   ditfast export runs/digits digits.pt
   demo     train, sample and judge digits       ditfast demo
+  plan     time, memory, layout of a training   ditfast plan --model DiT-XL/2 --gpus 64 --gpu h100
   doctor   versions, devices, backends          ditfast doctor
 
 `ditfast COMMAND --help` lists the options; `ditfast train --print_config` all of a run's, with their values.
@@ -131,6 +132,12 @@ def _doctor(arguments: list[str]) -> int:
     return 0
 
 
+def _plan(arguments: list[str]) -> int:
+    from ditfast.plan.command import parser, run
+
+    return run(parser().parse_args(arguments))
+
+
 def _integers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -139,7 +146,8 @@ def _integers(text: str) -> list[int]:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train, "sample": _sample, "export": _export, "demo": _demo, "doctor": _doctor,
+    "train": _train, "sample": _sample, "export": _export, "demo": _demo, "plan": _plan,
+    "doctor": _doctor,
 }  # fmt: skip
 
 

@@ -13,17 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ditfast import __version__, kernels
-from ditfast.config import PRECISIONS, PRESETS, ConfigError, checked_precision, nearest
+from ditfast.config import PRECISIONS, ConfigError, checked_precision
 from ditfast.hardware import find_gpu
 from ditfast.kernels.attention import libraries
-from ditfast.layers import DiT_models
-from ditfast.plan import plan_memory, state_bytes
+from ditfast.plan import plan_memory, published_model, state
 
 # What bench/gpu.sh writes; only a source tree has it.
 LEDGER = Path(__file__).parents[1] / "bench" / "results" / "chip.json"
-
-# What `memory` takes: the published models, at 256 pixels or with @512.
-MODELS = [name for name in PRESETS if name.partition("@")[0] in DiT_models]
 
 
 @dataclass(frozen=True)
@@ -138,28 +134,21 @@ def memory(name: str, batch_size: int = 256, image_size: int | None = None, prec
     batch_size is that of one GPU, image_size in pixels, of which the model sees latents of an eighth; by default 256,
     or what the name ends in. ConfigError for an unknown model or precision and for impossible sizes.
     """
-    network, _, pixels = name.partition("@")
-    if name not in MODELS:
-        raise ConfigError(f"unknown model {name!r}{nearest(name, MODELS) or '; known: ' + ', '.join(MODELS)}")
-    size = int(pixels or 256) if image_size is None else image_size
-    unit = 8 * int(network.rpartition("/")[2])
+    model = published_model(name, image_size)
     if batch_size < 1:
         raise ConfigError(f"--batch-size must be positive, got {batch_size}")
-    if size < unit or size % unit:
-        raise ConfigError(f"--image-size of {network} must be a positive multiple of {unit}, got {size}")
     held = PRECISIONS[checked_precision(precision)]
-    with torch.device("meta"):
-        model = DiT_models[network](input_size=size // 8)
-    state, tokens = state_bytes(model, held) / 1e9, batch_size * model.x_embedder.num_patches
+    network, size = name.partition("@")[0], 8 * model.x_embedder.img_size[0]
+    alive, tokens = state(model, held).total / 1e9, batch_size * model.x_embedder.num_patches
     copies = "" if held.compute is held.params else " and, at most, autocast's copies"
     console = Console(soft_wrap=True)
     console.print(
         f"Memory of training {network} at {size} pixels, batch {batch_size} ({tokens} tokens), {precision}: "
-        f"{state:.1f} GB of weights, gradients, optimizer and EMA{copies}, and by recompute policy"
+        f"{alive:.1f} GB of weights, gradients, optimizer and EMA{copies}, and by recompute policy"
     )
     table = Table("policy", "bytes a token and layer", "activations, GB", "all, with a block at work, GB")
     for row in plan_memory(model, held, batch_size):
-        total = state + (row.activations + row.working) / 1e9
+        total = alive + (row.activations + row.working) / 1e9
         table.add_row(row.policy, f"{row.per_token:,.0f}", f"{row.activations / 1e9:.1f}", f"{total:.1f}")
     console.print(table)
     console.print("Computed from shapes, not measured. With kernels, as on a GPU; in PyTorch's ops `none` keeps more.")

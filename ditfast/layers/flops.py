@@ -10,17 +10,14 @@ def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
 
 
-def forward_macs(model: DiT) -> int:
-    """Multiply-accumulates of one image's forward: every Linear and convolution, and both attention products.
-
-    The "Gflops" published for DiT are these MACs. Elementwise work is not counted.
-    """
+def linear_rows(model: DiT) -> dict[str, tuple[nn.Linear | nn.Conv2d, int]]:
+    """Every Linear, and the patch embedding's convolution, by name, with the rows of it that one image makes."""
     tokens = model.x_embedder.num_patches
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    width = model.pos_embed.shape[-1]
     stream = tokens + (2 if model.block == "in_context" else 0)
-    total = tokens * model.x_embedder.proj.weight.numel()
-    for name, linear in linears.items():
+    found: dict[str, tuple[nn.Linear | nn.Conv2d, int]] = {"x_embedder.proj": (model.x_embedder.proj, tokens)}
+    for name, linear in model.named_modules():
+        if not isinstance(linear, nn.Linear):
+            continue
         if name.startswith("t_embedder") or "adaLN_modulation" in name:
             rows = 1
         elif name.endswith("cross_attn.kv"):
@@ -29,11 +26,24 @@ def forward_macs(model: DiT) -> int:
             rows = tokens
         else:
             rows = stream
-        total += rows * linear.weight.numel()
-    attention = 2 * stream * stream * width
-    if model.block == "cross_attention":
-        attention += 2 * stream * 2 * width
-    return total + len(model.blocks) * attention
+        found[name] = linear, rows
+    return found
+
+
+def attention_macs(model: DiT) -> int:
+    """Multiply-accumulates of both attention products in one image's forward, all blocks together."""
+    stream = model.x_embedder.num_patches + (2 if model.block == "in_context" else 0)
+    keys = stream + (2 if model.block == "cross_attention" else 0)
+    return len(model.blocks) * 2 * stream * keys * model.pos_embed.shape[-1]
+
+
+def forward_macs(model: DiT) -> int:
+    """Multiply-accumulates of one image's forward: every Linear and convolution, and both attention products.
+
+    The "Gflops" published for DiT are these MACs. Elementwise work is not counted.
+    """
+    products = [rows * layer.weight.numel() for layer, rows in linear_rows(model).values()]
+    return attention_macs(model) + sum(products)
 
 
 def training_flops(model: DiT) -> int:

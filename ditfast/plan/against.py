@@ -1,0 +1,104 @@
+"""The model of a step held against measured rows, those of bench's suite "model"."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ditfast.config import PRECISIONS, ConfigError
+from ditfast.hardware import Ceilings
+from ditfast.layers import DiT
+from ditfast.plan.memory import policy_memory, state
+from ditfast.plan.step import Share, rates, step_time
+
+# What a row's `extra` must say for its step to be predicted: DiT's arguments, images a step, names of the policies.
+NEEDED = ("network", "batch", "precision", "recompute")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A measured row beside its prediction; errors are predicted over measured, less one. None: not measured."""
+
+    name: str
+    machine: str
+    measured_ms: float
+    predicted_ms: float
+    measured_bytes: int | None
+    predicted_bytes: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted_ms / self.measured_ms - 1
+
+    @property
+    def memory_error(self) -> float | None:
+        return self.predicted_bytes / self.measured_bytes - 1 if self.measured_bytes else None
+
+
+def compare(path: Path) -> tuple[list[Comparison], list[str]]:
+    """(comparisons, what was passed over and why) of a results file; ConfigError for a file that is none."""
+    try:
+        tree = json.loads(path.read_text())
+        rows, limits, on_gpu = tree["rows"], tree["limits"], tree["machine"]["kind"] == "cuda"
+        own = [row for row in rows if row["suite"] == "model" and row["provider"] == "ditfast"]
+        ceilings = None if limits is None else Ceilings(**limits)
+        named = [(row, f"{path.name}: {row['name']} {row['dtype']}", row["extra"]) for row in own]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} holds no results of python -m bench ({type(error).__name__}: {error})") from error
+    if not own:
+        return [], [f"{path.name}: no rows of suite 'model' by ditfast"]
+    if ceilings is None:
+        return [], [f"{path.name}: it has no measured limits; measure anew, by python -m bench model --json FILE"]
+    found, passed_over = [], []
+    for row, name, extra in named:
+        missing = [key for key in NEEDED if key not in extra]
+        if row["ms"] is None or missing:
+            passed_over.append(f"{name}: " + (f"no {', '.join(missing)} in extra" if missing else "was not measured"))
+        else:
+            found.append(_comparison(name, row, ceilings, on_gpu))
+    return found, passed_over
+
+
+def _comparison(name: str, row: dict[str, Any], ceilings: Ceilings, on_gpu: bool) -> Comparison:
+    extra = row["extra"]
+    if extra["precision"] not in PRECISIONS:
+        raise ConfigError(f"{name}: precision must be one of {', '.join(PRECISIONS)}, got {extra['precision']!r}")
+    try:
+        with torch.device("meta"):
+            model = DiT(**extra["network"])
+    except TypeError as error:
+        raise ConfigError(f"{name}: extra.network holds no arguments of DiT ({error})") from error
+    precision, images = PRECISIONS[extra["precision"]], extra["batch"]
+    time = step_time(model, precision, extra["recompute"], Share(images), rates(ceilings, precision))
+    kept = policy_memory(model, precision, extra["recompute"], images, fused=on_gpu)
+    held = state(model, precision)
+    # Above what is there before a step: autocast's copies, and first activations, then gradients in their place.
+    peak = held.copies + max(kept.activations + kept.working, held.gradients)
+    return Comparison(name, ceilings.machine, row["ms"], time.total, row["peak_bytes"], peak)
+
+
+def print_comparisons(found: list[Comparison], passed_over: list[str]) -> None:
+    """A line per row with the errors in percent."""
+    console = Console(soft_wrap=True)
+    head = ("row", "machine", "measured, ms", "predicted, ms", "error", "measured, GB", "predicted, GB", "error")
+    table = Table(*head, title="Held against measured rows", title_justify="left")
+    for each in found:
+        memory = "not measured" if each.measured_bytes is None else f"{each.measured_bytes / 1e9:.2f}"
+        error = "" if each.memory_error is None else f"{each.memory_error:+.0%}"
+        table.add_row(
+            each.name, each.machine, f"{each.measured_ms:.1f}", f"{each.predicted_ms:.1f}", f"{each.error:+.0%}",
+            memory, f"{each.predicted_bytes / 1e9:.2f}", error,
+        )  # fmt: skip
+    if found:
+        console.print(table)
+    for line in passed_over:
+        console.print(f"not compared: {line}")
+
+
+def as_json(found: list[Comparison]) -> list[dict[str, Any]]:
+    """The comparisons with their errors."""
+    return [asdict(each) | {"error": each.error, "memory_error": each.memory_error} for each in found]

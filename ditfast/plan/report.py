@@ -1,0 +1,162 @@
+"""`ditfast plan`: the candidates in a table, what the proposed one's step and memory consist of, and as JSON."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ditfast.files import replacing
+from ditfast.hardware import dtype_name
+from ditfast.layers import training_flops
+from ditfast.plan.layout import FACTORS as LAYOUT_FACTORS
+from ditfast.plan.layout import FEWEST_TOKENS, Candidate, Cluster, Job, choose, layouts, weigh
+from ditfast.plan.memory import POLICIES
+from ditfast.plan.step import FACTORS as STEP_FACTORS
+
+NOT_YET = "not in ditfast yet"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All layouts weighed; `proposed` is the one to take, `today` the best that ditfast can run, None: none fits."""
+
+    job: Job
+    cluster: Cluster
+    candidates: list[Candidate]
+    proposed: Candidate | None
+    today: Candidate | None
+
+    def images_per_s(self, candidate: Candidate) -> float:
+        assert candidate.time is not None
+        return 1e3 * self.job.batch_size / candidate.time.total
+
+    def mfu(self, candidate: Candidate) -> float:
+        """Of the datasheet's dense peak, work done again not counted."""
+        peak = getattr(self.cluster.gpu, dtype_name(self.job.precision.compute)) * 1e12 * self.cluster.gpus
+        return self.images_per_s(candidate) * training_flops(self.job.model) / peak
+
+    def verdict(self, candidate: Candidate) -> str:
+        """What is said of a candidate, in a few words."""
+        if not candidate.fits:
+            return candidate.why
+        if candidate is self.proposed:
+            return "proposed" + ("" if candidate.layout.runs else f", {NOT_YET}")
+        assert candidate.time and self.proposed and self.proposed.time
+        slower = candidate.time.total / self.proposed.time.total - 1
+        # A layout that is faster by less than what counts, or for which the images are too small.
+        said = f"{slower:.0%} slower" if slower > 0 else f"hardly faster ({-slower:.1%}) and less simple"
+        if slower < -LAYOUT_FACTORS["same"].value:
+            said = f"{self.job.tokens} tokens: sequence parallelism pays from about {FEWEST_TOKENS}"
+        return said + (", proposed of what runs today" if candidate is self.today else "")
+
+
+def make_plan(job: Job, cluster: Cluster, policy: str | None = None) -> Plan:
+    """Weighs every layout under one policy, or under all and takes each layout's fastest that fits."""
+    policies = POLICIES if policy is None else (policy,)
+    candidates = [weigh(job, cluster, layout, policies) for layout in layouts(cluster)]
+    running = [each for each in candidates if each.layout.runs]
+    return Plan(job, cluster, candidates, choose(job, candidates), choose(job, running))
+
+
+def print_plan(plan: Plan, name: str, precision: str) -> None:
+    """The tables."""
+    job, cluster = plan.job, plan.cluster
+    console = Console(soft_wrap=True)
+    nodes = f" in {cluster.nodes} nodes of {cluster.per_node}" if cluster.nodes > 1 else ""
+    console.print(
+        f"{name}, {job.tokens} tokens an image, {precision}, global batch {job.batch_size}, on {cluster.gpus} x "
+        f"{cluster.gpu.name}{nodes}; {training_flops(job.model) / 1e9:.1f} GFLOP an image and training step"
+    )
+    head = ("layout", "recompute", "GB a GPU", "step, ms", "of it communication, ms", "images/s", "MFU", "")
+    table = Table(*head, title="Layouts", title_justify="left")
+    for each in plan.candidates:
+        if each.time is None or each.memory is None or not each.fits:
+            table.add_row(str(each.layout), each.policy, "", "", "", "", "", plan.verdict(each))
+            continue
+        table.add_row(
+            str(each.layout), each.policy, f"{each.memory.total / 1e9:.1f}", f"{each.time.total:.1f}",
+            f"{each.time.communication:.1f}", _rate(plan.images_per_s(each)), f"{plan.mfu(each):.1%}",
+            plan.verdict(each),
+        )  # fmt: skip
+    console.print(table)
+    for title, candidate in {"proposed": plan.proposed, "runs today": plan.today}.items():
+        if candidate is None:
+            reason = plan.candidates[0].why
+            console.print(f"{title}: no layout ({reason}); change the GPUs, the batch or the policy")
+        elif title == "proposed" or candidate is not plan.proposed:
+            _print_parts(console, plan, title, candidate)
+    console.print(_basis(plan))
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _print_parts(console: Console, plan: Plan, title: str, candidate: Candidate) -> None:
+    """Of what time and memory of a candidate consist."""
+    time, memory = candidate.time, candidate.memory
+    assert time is not None and memory is not None
+    console.print(f"{title}: {candidate.layout}, recompute {candidate.policy}")
+    for label, unit, parts in (
+        ("step", "ms", asdict(time)),
+        ("memory", "GB", {name: size / 1e9 for name, size in asdict(memory).items()}),
+    ):
+        table = Table(label, *parts, "all")
+        table.add_row(unit, *(f"{value:.1f}" for value in parts.values()), f"{sum(parts.values()):.1f}")
+        console.print(table)
+    console.print(
+        f"each GPU sends {candidate.communicated / 1e9:.2f} GB a step, for {candidate.hidden:.1f} ms beside other work "
+        f"and {time.communication:.1f} ms that nothing hides"
+    )
+
+
+def _basis(plan: Plan) -> str:
+    """What the figures rest on."""
+    ceilings, cluster = plan.cluster.ceilings, plan.cluster
+    rate = ceilings.gemm_tflops[dtype_name(plan.job.precision.compute)]
+    network = f", {cluster.between_nodes:g} GB/s to other nodes" if cluster.nodes > 1 else ""
+    factors = STEP_FACTORS | LAYOUT_FACTORS
+    if ceilings.source == "measured":
+        factors = {name: factor for name, factor in factors.items() if "datasheet" not in name}
+    lines = [
+        f"Computed from shapes and {ceilings.source} ceilings of {ceilings.machine}: {rate:g} TFLOP/s, copy "
+        f"{ceilings.copy_gbps:g} GB/s; {cluster.gpu.link:g} GB/s to its node{network}. Nothing was run. Not in it: the "
+        "host's time, which a small batch waits for, and loading data. Assumed:"
+    ]
+    return "\n".join(lines + [f"  {name} {factor.value:g}: {factor.reason}" for name, factor in factors.items()])
+
+
+def save_plan(plan: Plan, path: Path, name: str, precision: str, against: list[dict[str, Any]]) -> None:
+    """The plan as JSON: every candidate with its parts, and the comparisons with what was measured."""
+    tree = {
+        "model": name,
+        "precision": precision,
+        "batch_size": plan.job.batch_size,
+        "tokens": plan.job.tokens,
+        "training_flops_per_image": training_flops(plan.job.model),
+        "gpus": plan.cluster.gpus,
+        "gpus_per_node": plan.cluster.per_node,
+        "gpu": asdict(plan.cluster.gpu),
+        "ceilings": asdict(plan.cluster.ceilings),
+        "factors": {name: asdict(factor) for name, factor in (STEP_FACTORS | LAYOUT_FACTORS).items()},
+        "candidates": [_tree(plan, each) for each in plan.candidates],
+        "proposed": plan.proposed and str(plan.proposed.layout),
+        "runs_today": plan.today and str(plan.today.layout),
+        "against": against,
+    }
+    with replacing(path) as file:
+        file.write((json.dumps(tree, indent=1) + "\n").encode())
+
+
+def _tree(plan: Plan, candidate: Candidate) -> Mapping[str, Any]:
+    time, memory = candidate.time, candidate.memory
+    found = asdict(candidate) | {"layout": asdict(candidate.layout) | {"runs_today": candidate.layout.runs}}
+    found["verdict"] = plan.verdict(candidate)
+    if time is not None and memory is not None:
+        found["step_ms"], found["memory_bytes"] = time.total, memory.total
+        found["images_per_s"], found["mfu"] = plan.images_per_s(candidate), plan.mfu(candidate)
+    return found
