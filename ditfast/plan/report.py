@@ -47,10 +47,12 @@ class Plan:
             return "proposed" + ("" if candidate.layout.runs else f", {NOT_YET}")
         assert candidate.time and self.proposed and self.proposed.time
         slower = candidate.time.total / self.proposed.time.total - 1
-        # A layout that is faster by less than what counts, or for which the images are too small.
-        said = f"{slower:.0%} slower" if slower > 0 else f"hardly faster ({-slower:.1%}) and less simple"
         if slower < -LAYOUT_FACTORS["same"].value:
             said = f"{self.job.tokens} tokens: sequence parallelism pays from about {FEWEST_TOKENS}"
+        elif slower < 0.001:
+            said = "hardly faster, less simple"
+        else:
+            said = f"{slower:.0%} slower"
         return said + (", proposed of what runs today" if candidate is self.today else "")
 
 
