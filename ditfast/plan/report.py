@@ -17,8 +17,6 @@ from ditfast.plan.layout import FEWEST_TOKENS, Candidate, Cluster, Job, choose, 
 from ditfast.plan.memory import POLICIES
 from ditfast.plan.step import FACTORS as STEP_FACTORS
 
-NOT_YET = "not in ditfast yet"
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -34,17 +32,18 @@ class Plan:
         assert candidate.time is not None
         return 1e3 * self.job.batch_size / candidate.time.total
 
-    def mfu(self, candidate: Candidate) -> float:
-        """Of the datasheet's dense peak, work done again not counted."""
-        peak = getattr(self.cluster.gpu, dtype_name(self.job.precision.compute)) * 1e12 * self.cluster.gpus
-        return self.images_per_s(candidate) * training_flops(self.job.model) / peak
+    def mfu(self, candidate: Candidate) -> float | None:
+        """Of the datasheet's dense peak, work done again not counted; None where it has none of this dtype."""
+        peak = getattr(self.cluster.gpu, dtype_name(self.job.precision.compute))
+        done = self.images_per_s(candidate) * training_flops(self.job.model) / self.cluster.gpus
+        return None if peak is None else done / (1e12 * peak)
 
     def verdict(self, candidate: Candidate) -> str:
         """What is said of a candidate, in a few words."""
         if not candidate.fits:
             return candidate.why
         if candidate is self.proposed:
-            return "proposed" + ("" if candidate.layout.runs else f", {NOT_YET}")
+            return "proposed"
         assert candidate.time and self.proposed and self.proposed.time
         slower = candidate.time.total / self.proposed.time.total - 1
         if slower < -LAYOUT_FACTORS["same"].value:
@@ -73,16 +72,28 @@ def print_plan(plan: Plan, name: str, precision: str) -> None:
         f"{name}, {job.tokens} tokens an image, {precision}, global batch {job.batch_size}, on {cluster.gpus} x "
         f"{cluster.gpu.name}{nodes}; {training_flops(job.model) / 1e9:.1f} GFLOP an image and training step"
     )
-    head = ("layout", "recompute", "GB a GPU", "step, ms", "of it communication, ms", "images/s", "MFU", "")
+    head = (
+        "layout",
+        "in ditfast",
+        "recompute",
+        "GB a GPU",
+        "step, ms",
+        "of it communication, ms",
+        "images/s",
+        "MFU",
+        "",
+    )
     table = Table(*head, title="Layouts", title_justify="left")
     for each in plan.candidates:
+        in_ditfast = "yes" if each.layout.runs else "not yet"
         if each.time is None or each.memory is None or not each.fits:
-            table.add_row(str(each.layout), each.policy, "", "", "", "", "", plan.verdict(each))
+            table.add_row(str(each.layout), in_ditfast, each.policy, "", "", "", "", "", plan.verdict(each))
             continue
+        mfu = plan.mfu(each)
         table.add_row(
-            str(each.layout), each.policy, f"{each.memory.total / 1e9:.1f}", f"{each.time.total:.1f}",
-            f"{each.time.communication:.1f}", _rate(plan.images_per_s(each)), f"{plan.mfu(each):.1%}",
-            plan.verdict(each),
+            str(each.layout), in_ditfast, each.policy, f"{each.memory.total / 1e9:.1f}", f"{each.time.total:.1f}",
+            f"{each.time.communication:.1f}", _rate(plan.images_per_s(each)),
+            "" if mfu is None else f"{mfu:.1%}", plan.verdict(each),
         )  # fmt: skip
     console.print(table)
     for title, candidate in {"proposed": plan.proposed, "runs today": plan.today}.items():

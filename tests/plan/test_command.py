@@ -29,14 +29,15 @@ def test_the_table_of_layouts(capsys):
     assert [row.split("│")[1].strip() for row in rows[:3]] == [
         "data 64", "data 64, optimizer sharded", "data 64, full sharded",
     ]  # fmt: skip
-    assert "proposed of what runs today" in rows[0] and "proposed, not in ditfast yet" in rows[1]
+    assert "proposed of what runs today" in rows[0] and "proposed" in rows[1]
+    assert [row.split("│")[2].strip() for row in rows] == ["yes", *["not yet"] * (len(rows) - 1)]
     assert "datasheet ceilings of H100 SXM: 989 TFLOP/s" in printed and "gemm by datasheet 0.8" in printed
     assert "runs today: data 64, recompute none" in printed
 
 
 def test_a_policy_is_taken_as_given(capsys):
     assert plan("--model=DiT-XL/2", "--gpu=NVIDIA H200", "--policy=block:2", "--precision=bf16-fast") == 0
-    assert re.search(r"data 1 +│ block:2 +│ 41\.0 ", capsys.readouterr().out), "as ditfast doctor --model has it"
+    assert re.search(r"data 1 +│ yes +│ block:2 +│ 41\.0 ", capsys.readouterr().out), "as ditfast doctor --model has it"
 
 
 def test_where_nothing_fits_the_status_is_1(capsys):

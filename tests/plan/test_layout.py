@@ -32,7 +32,7 @@ def test_for_xl_2_data_parallelism_with_sharded_optimizer_is_proposed(xl, gpus, 
     plan = make_plan(job(xl, precision=precision), cluster(gpus))
     assert plan.proposed.layout == Layout(gpus, "optimizer") and plan.today.layout == Layout(gpus)
     assert plan.proposed.policy == "none" and plan.today.layout.runs and not plan.proposed.layout.runs
-    assert "not in ditfast yet" in plan.verdict(plan.proposed) and "runs today" in plan.verdict(plan.today)
+    assert plan.verdict(plan.proposed) == "proposed" and "runs today" in plan.verdict(plan.today)
 
 
 def test_on_one_gpu_there_is_one_layout_and_it_runs(xl):
