@@ -81,7 +81,7 @@ class Contest:
             if provider in reasons:
                 rows.append(Row(self.suite, self.name, provider, self.dtype, self.shape, extra=reasons[provider]))
             else:
-                rows.append(self._row(provider, timings[provider], peaks[provider], baseline, settings))
+                rows.append(self.row(provider, timings[provider], peaks[provider], baseline, settings))
         return rows
 
     def admit(self, provider: str) -> dict[str, str] | None:
@@ -94,7 +94,8 @@ class Contest:
             return {"failed": told(error)}
         return {"refused": wrong} if wrong else None
 
-    def _row(self, provider: str, timing: Timing, peak: int, baseline: Timing | None, settings: Settings) -> Row:
+    def row(self, provider: str, timing: Timing, peak: int | None, baseline: Timing | None, settings: Settings) -> Row:
+        """The row of a provider that was timed."""
         least = least_ms(self.bytes, self.flops, self.dtype, settings)
         work = {key: value for key, value in (("bytes", self.bytes), ("flops", self.flops)) if value is not None}
         return Row(

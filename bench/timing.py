@@ -101,9 +101,13 @@ def _on_cpu(runs: Mapping[str, Run], clock: Callable[[], float]) -> Callable[[st
     times = {}
     for name, run in runs.items():
         run()
-        seconds = once(run)
-        times[name] = 1 if isinstance(run, Prepared) or seconds <= 0 else max(1, round(SHORTEST / seconds))
+        times[name] = repeats(run, once(run))
     return lambda name: 1e3 * once(runs[name], times[name]) / times[name]
+
+
+def repeats(run: Run, seconds: float) -> int:
+    """How often a run that takes so long is made in one sample on a CPU."""
+    return 1 if isinstance(run, Prepared) or seconds <= 0 else max(1, round(SHORTEST / seconds))
 
 
 def _on_gpu(runs: Mapping[str, Run], device: torch.device) -> Callable[[str], float]:

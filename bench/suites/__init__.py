@@ -14,7 +14,10 @@ from ditfast.kernels.tune import resize
 
 # Suite -> the module whose contests(Options) it is, an iterator of Pieces; with a table(rows) of its own if it has one.
 SUITES: dict[str, str] = {
-    name: f"bench.suites.{name}" for name in ("ops", "model", "feed", "sample", "memory", "scale")
+    **{name: f"bench.suites.{name}" for name in ("ops", "model", "feed", "sample", "memory", "scale")},
+    "breakdown": "bench.breakdown",
+    "fast-dit": "bench.tables.fast_dit",
+    "mindone": "bench.tables.mindone",
 }
 
 
@@ -44,7 +47,7 @@ def _cpu_case(spec: OpSpec) -> tuple[Case, ...]:
     """The first of an op's bench cases, in sizes for a CPU."""
     case = spec.bench[0]
     sizes = {name: min(size, _CPU_SIZES.get(name, size)) for name, size in case.sizes.items()}
-    return (replace((spec.resize or resize)(case, sizes), name="DiT-S/2"),)
+    return (replace((spec.resize or resize)(case, sizes), name=f"{case.name}, smaller"),)
 
 
 SMALL = Scale("small", lambda spec: spec.cases[:1], ("fp32",), compile=False, rounds=3, seconds=0.1)

@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 
-from ._base import PeerError, importing
-from .mlp import DIFFUSERS
+from ._base import DIFFUSERS, PeerError, importing
 
 
 def diffusers_timestep_embedding(**inputs: Any) -> torch.Tensor:
     """timestep_embedding by diffusers' function, with the official DiT's order and exponents."""
-    with importing(*DIFFUSERS):
+    with importing(DIFFUSERS, inputs["t"].device):
         from diffusers.models.embeddings import get_timestep_embedding
     embedding = get_timestep_embedding(
         inputs["t"],
@@ -25,6 +24,8 @@ def diffusers_timestep_embedding(**inputs: Any) -> torch.Tensor:
 
 def diffusers_patchify(**inputs: Any) -> torch.Tensor:
     """patchify by diffusers' PatchEmbed, which gives its result in the dtype that it computes in."""
+    with importing(DIFFUSERS, inputs["x"].device):
+        import diffusers  # noqa: F401
     x, weight, bias, pos_embed = (inputs[name] for name in ("x", "weight", "bias", "pos_embed"))
     compute = inputs.get("compute_dtype") or torch.promote_types(x.dtype, weight.dtype)
     if torch.promote_types(compute, pos_embed.dtype) != compute:
@@ -37,8 +38,8 @@ def diffusers_patchify(**inputs: Any) -> torch.Tensor:
 @lru_cache
 def _patch_embed(height: int, width: int, dim: int, channels: int, patch: int) -> torch.nn.Module:
     """diffusers' module, without weights."""
-    with importing(*DIFFUSERS):
-        from diffusers.models.embeddings import PatchEmbed
+    from diffusers.models.embeddings import PatchEmbed
+
     with torch.device("meta"):
         module = PatchEmbed(height, width, patch, channels, dim, pos_embed_type=None)
     # In place of the attribute None, which the state could not replace.

@@ -5,11 +5,8 @@ from typing import Any
 
 import torch
 
-from ._base import PeerError, importing, require_one_dtype
-from .norms import LIGER, liger_norm
-
-FLASH_ATTN = ("flash-attn", "pip install flash-attn --no-build-isolation")
-TRANSFORMER_ENGINE = ("Transformer Engine", "pip install --no-build-isolation 'transformer-engine[pytorch]'")
+from ._base import FLASH_ATTN, LIGER, TRANSFORMER_ENGINE, PeerError, importing, require_one_dtype
+from .norms import liger_norm
 
 Norm = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None, float, str], torch.Tensor]
 Rotation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -17,7 +14,7 @@ Rotation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tu
 
 def transformer_engine_attention(**inputs: Any) -> torch.Tensor:
     """attention by Transformer Engine's DotProductAttention, its own choice of kernel."""
-    with importing(*TRANSFORMER_ENGINE):
+    with importing(TRANSFORMER_ENGINE, inputs["q"].device):
         from transformer_engine.pytorch import DotProductAttention
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     require_one_dtype("Transformer Engine", inputs, torch.bfloat16, torch.float16)
@@ -40,7 +37,7 @@ def transformer_engine_qkvpacked(**inputs: Any) -> torch.Tensor:
 
 def liger_qk_norm_rope(**inputs: Any) -> torch.Tensor:
     """qk_norm_rope by Liger's norms and its rotation of halves."""
-    with importing(*LIGER):
+    with importing(LIGER, inputs["qkv"].device):
         from liger_kernel.ops.rope import LigerRopeFunction
 
     def rotation(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
@@ -56,7 +53,7 @@ def liger_qk_norm_rope(**inputs: Any) -> torch.Tensor:
 
 def flash_attn_qk_norm_rope(**inputs: Any) -> torch.Tensor:
     """qk_norm_rope by flash-attn's Triton norms and rotation."""
-    with importing(*FLASH_ATTN):
+    with importing(FLASH_ATTN, inputs["qkv"].device):
         from flash_attn.layers.rotary import apply_rotary_emb
         from flash_attn.ops.triton.layer_norm import layer_norm_fn
 

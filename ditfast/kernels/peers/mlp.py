@@ -6,12 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ._base import PeerError, importing, require_one_dtype
-from .heads import FLASH_ATTN
-from .norms import APEX, LIGER
+from ._base import APEX, DIFFUSERS, FLASH_ATTN, LIGER, XFORMERS, PeerError, importing, require_one_dtype
 
-XFORMERS = ("xformers", "pip install xformers")
-DIFFUSERS = ("diffusers", "pip install diffusers")
 _16_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -22,7 +18,7 @@ def _refuse_recompute(library: str, inputs: dict[str, Any]) -> None:
 
 def apex_gelu_mlp(**inputs: Any) -> torch.Tensor:
     """gelu_mlp by apex's fused_dense: bias and GELU in cuBLASLt's epilogues."""
-    with importing(*APEX):
+    with importing(APEX, inputs["h"].device):
         import fused_dense_cuda  # noqa: F401  # else found missing by the first launch
         from apex.fused_dense import fused_dense_gelu_dense_function
     _refuse_recompute("apex", inputs)
@@ -35,7 +31,7 @@ def apex_gelu_mlp(**inputs: Any) -> torch.Tensor:
 
 def flash_attn_gelu_mlp(**inputs: Any) -> torch.Tensor:
     """gelu_mlp by flash-attn's fused_dense, with the heuristic that it takes on this GPU."""
-    with importing(*FLASH_ATTN):
+    with importing(FLASH_ATTN, inputs["h"].device):
         from flash_attn.ops.fused_dense import fused_mlp_func
     require_one_dtype("flash-attn's fused_dense, which is plain PyTorch for others,", inputs, *_16_BITS)
     on_hopper = inputs["h"].is_cuda and torch.cuda.get_device_capability(inputs["h"].device) == (9, 0)
@@ -49,6 +45,8 @@ def flash_attn_gelu_mlp(**inputs: Any) -> torch.Tensor:
 
 def diffusers_gelu_mlp(**inputs: Any) -> torch.Tensor:
     """gelu_mlp by diffusers' FeedForward, as its DiT has it."""
+    with importing(DIFFUSERS, inputs["h"].device):
+        import diffusers  # noqa: F401
     _refuse_recompute("diffusers", inputs)
     require_one_dtype("diffusers", inputs)
     names = {"net.0.proj.weight": "w1", "net.0.proj.bias": "b1", "net.2.weight": "w2", "net.2.bias": "b2"}
@@ -59,15 +57,15 @@ def diffusers_gelu_mlp(**inputs: Any) -> torch.Tensor:
 @lru_cache
 def _feed_forward(width: int, inner: int) -> torch.nn.Module:
     """diffusers' module, without weights."""
-    with importing(*DIFFUSERS):
-        from diffusers.models.attention import FeedForward
+    from diffusers.models.attention import FeedForward
+
     with torch.device("meta"):
         return FeedForward(width, activation_fn="gelu-approximate", inner_dim=inner)
 
 
 def liger_swiglu_mlp(**inputs: Any) -> torch.Tensor:
     """swiglu_mlp by Liger's SiLU and product between PyTorch's linears, as its MLPs have it."""
-    with importing(*LIGER):
+    with importing(LIGER, inputs["h"].device):
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
     _refuse_recompute("Liger", inputs)
     require_one_dtype("Liger", inputs)
@@ -78,7 +76,7 @@ def liger_swiglu_mlp(**inputs: Any) -> torch.Tensor:
 
 def xformers_swiglu_mlp(**inputs: Any) -> torch.Tensor:
     """swiglu_mlp by xformers' swiglu, its own choice of kernel."""
-    with importing(*XFORMERS):
+    with importing(XFORMERS, inputs["h"].device):
         from xformers.ops import swiglu
     _refuse_recompute("xformers", inputs)
     require_one_dtype("xformers' swiglu, which is plain PyTorch for others,", inputs, *_16_BITS)

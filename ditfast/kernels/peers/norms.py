@@ -8,18 +8,12 @@ from typing import Any
 
 import torch
 
-from ._base import PeerError, importing
-
-LIGER = ("Liger-Kernel", "pip install 'liger-kernel>=0.8'")
-APEX = (
-    "NVIDIA apex with its extensions",
-    "build it from github.com/NVIDIA/apex (`apex` on PyPI is another package)",
-)
+from ._base import APEX, LIGER, PeerError, importing
 
 
 def liger_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, norm: str) -> Any:
     """LayerNorm or RMSNorm over the last dim by Liger's kernels, in x's dtype."""
-    with importing(*LIGER):
+    with importing(LIGER, x.device):
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
     if norm == "rms":
@@ -31,7 +25,7 @@ def liger_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor 
 
 def liger_modulated_norm(**inputs: Any) -> torch.Tensor:
     """adaln_modulate by Liger's modulated RMSNorm, or by its norm where it has no modulated one."""
-    with importing(*LIGER):
+    with importing(LIGER, inputs["x"].device):
         from liger_kernel.ops.modulated_rms_norm import LigerModulatedRMSNormFunction
     x, scale = inputs["x"], inputs["scale"]
     if inputs.get("norm") != "rms" or scale is None or inputs.get("out_dtype") not in (None, x.dtype):
@@ -42,7 +36,7 @@ def liger_modulated_norm(**inputs: Any) -> torch.Tensor:
 
 def apex_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, norm: str) -> Any:
     """LayerNorm or RMSNorm over the last dim by NVIDIA apex's kernels."""
-    with importing(*APEX):
+    with importing(APEX, x.device):
         import fused_layer_norm_cuda  # noqa: F401  # else found missing by the first launch
         from apex.normalization import fused_layer_norm as apex
     shape = x.shape[-1:]

@@ -5,9 +5,7 @@ from typing import Any
 
 import torch
 
-from ._base import importing
-from .heads import TRANSFORMER_ENGINE
-from .norms import APEX
+from ._base import APEX, TRANSFORMER_ENGINE, importing
 
 
 def torch_adamw(**inputs: Any) -> None:
@@ -20,7 +18,7 @@ def torch_adamw(**inputs: Any) -> None:
 
 def apex_adamw(**inputs: Any) -> None:
     """adamw_ema by the kernel of NVIDIA apex's FusedAdam, then EMAs and copies by foreach."""
-    with importing(*APEX):
+    with importing(APEX, inputs["weights"][0].device):
         import amp_C
         from apex.multi_tensor_apply import multi_tensor_applier
     _multi_tensor_adamw(amp_C.multi_tensor_adam, multi_tensor_applier, inputs)
@@ -28,7 +26,7 @@ def apex_adamw(**inputs: Any) -> None:
 
 def transformer_engine_adamw(**inputs: Any) -> None:
     """adamw_ema by the kernel of Transformer Engine's FusedAdam, then EMAs and copies by foreach."""
-    with importing(*TRANSFORMER_ENGINE):
+    with importing(TRANSFORMER_ENGINE, inputs["weights"][0].device):
         from transformer_engine.pytorch.optimizers import multi_tensor_applier
         from transformer_engine_torch import multi_tensor_adam
     _multi_tensor_adamw(multi_tensor_adam, multi_tensor_applier, inputs)

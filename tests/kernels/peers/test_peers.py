@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ditfast.kernels import OPS, parity
-from ditfast.kernels.peers import PeerError, judge_peer, peers_of
+from ditfast.kernels.peers import PeerError, _base, judge_peer, peers_of
 
 ROOT = Path(__file__).parents[3]
 SPECS = {spec.name: spec for spec in OPS}
@@ -31,8 +31,6 @@ def verdicts(spec, name, case, device, generator, dtype=torch.float32):
 
 @pytest.mark.parametrize(("spec", "name"), PEERS)
 def test_each_peer_that_is_here_agrees_with_the_reference(spec, name, device, generator):
-    if name == "liger-kernel" and device == "cpu":
-        pytest.skip("its kernels do not run in the interpreter")
     for case in (spec.cases[0], *(case for case in spec.cases if case.name in ("no_ema", "found_inf"))):
         try:
             found = verdicts(spec, name, case, device, generator)
@@ -83,6 +81,12 @@ def test_each_library_is_called_as_it_documents(op, name, device, generator, sta
             fits.append(case.name)
             break
     assert fits
+
+
+def test_a_library_for_gpus_is_not_called_on_a_cpu(stand_ins, monkeypatch):
+    monkeypatch.setattr(_base, "_kind", lambda device: device.type)
+    with pytest.raises(PeerError, match="Liger-Kernel needs tensors on cuda, these are on cpu"):
+        verdicts(SPECS["adaln_modulate"], "liger-kernel", SPECS["adaln_modulate"].cases[0], "cpu", torch.Generator())
 
 
 def test_what_a_library_cannot_do_is_refused(device, generator, stand_ins):
