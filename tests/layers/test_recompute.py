@@ -3,7 +3,6 @@
 import copy
 import gc
 import weakref
-from collections.abc import Collection
 from functools import partial
 
 import pytest
@@ -11,8 +10,8 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from bench.storages import Storages
 from ditfast.config import PRECISIONS
 from ditfast.kernels._op import Op
 from ditfast.layers import BLOCK_VARIANTS, DiT, DiTBlock, activation_bytes, block_bytes
@@ -51,25 +50,6 @@ def gradients(model: DiT, precision: str = "fp32", forward=None) -> dict[str, to
 def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     assert ours.keys() == theirs.keys() and ours
     assert [name for name, value in ours.items() if not torch.equal(value, theirs[name])] == []
-
-
-class Storages(TorchDispatchMode):
-    """Weak references to the storage of every result inside, whoever made it."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        results = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(results):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return results
-
-    def alive(self, without: Collection[int] = ()) -> int:
-        return sum(n for key, (weak, n) in self.seen.items() if key not in without and not weak.expired())
 
 
 def kept(policy: str, precision: str, depth: int, n: int, **options) -> int:
