@@ -1,0 +1,211 @@
+"""What ditfast's training step is compared with: the reference model, trained as others train it.
+
+Nothing here runs a kernel of ditfast: the loss and the moments are the plain PyTorch of its diffusion package.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from bench.timing import interleaved
+from ditfast import reference
+from ditfast.config import ModelConfig, OptimConfig, Precision
+from ditfast.diffusion import SpacedDiffusion
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the reference is run: attention by the fastest SDPA, torch.compile, torch's checkpoint around every block.
+
+    plain_loop: AdamW as torch makes it, the EMA parameter by parameter, the loss read in every step, as the training
+    scripts of DiT and fast-DiT do; otherwise fused AdamW and the EMA by foreach.
+    """
+
+    sdpa: bool = False
+    compiled: bool = False
+    checkpointed: bool = False
+    plain_loop: bool = False
+
+
+class _Attention(reference.Attention):
+    """The reference's attention by torch's op."""
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class _Block(reference.DiTBlock):
+    """The reference's block, which its backward computes again."""
+
+    def forward(self, x, c):
+        # The reentrant form, which was torch's default for fast-DiT.
+        return checkpoint(super().forward, x, c, use_reentrant=True)
+
+
+def build_reference(config: ModelConfig, state: dict[str, Tensor], recipe: Recipe = Recipe()) -> reference.DiT:
+    """The reference model of a resolved configuration with a copy of the weights of `state`, on their device, in fp32.
+
+    It drops no labels: that is done before, alike for all. ValueError for a shape that the reference does not have.
+    """
+    if config.input_size is None or config.input_size[0] != config.input_size[1] or config.block != "adaln_zero":
+        given = f"{config.input_size} and {config.block!r}"
+        raise ValueError(f"the reference has square inputs and adaln_zero blocks, got {given}")
+    with next(iter(state.values())).device:
+        model = reference.DiT(
+            config.input_size[0], config.patch_size, config.in_channels, config.hidden_size, config.depth,
+            config.num_heads, config.mlp_ratio, config.class_dropout_prob, config.num_classes, config.learn_sigma,
+        )  # fmt: skip
+    model.load_state_dict({"pos_embed": model.pos_embed.detach()} | state)
+    model.y_embedder.dropout = 0
+    for block in model.blocks:
+        if recipe.sdpa:
+            block.attn.__class__ = _Attention
+        if recipe.checkpointed:
+            block.__class__ = _Block
+    return model
+
+
+def plain_losses(
+    process: SpacedDiffusion, predict: Callable[..., Tensor], x: Tensor, t: Tensor, y: Tensor, noise: Tensor
+) -> Tensor:
+    """L_hybrid (B,) of Nichol and Dhariwal 2021, equation 16, op by op as the official code computes it."""
+    x_t = process.gather("sqrt_alphas_cumprod", t, x) * x
+    x_t = x_t + process.gather("sqrt_one_minus_alphas_cumprod", t, x) * noise
+    prediction, variance = predict(x_t, t, y).chunk(2, dim=1)
+    frozen = torch.cat([prediction.detach(), variance], dim=1)
+    bound = process.vb_terms_bpd(lambda *_: frozen, x, x_t, t, clip_denoised=False)["output"]
+    return (noise - prediction).square().flatten(1).mean(dim=1) + bound
+
+
+class Baseline:
+    """A training step of the reference model by a recipe, under one of ditfast's precision policies.
+
+    Args:
+        state: the fp32 weights to start from, by official names, on the device to train on.
+        batch_size: for which the fastest SDPA is sought.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: ModelConfig,
+        state: dict[str, Tensor],
+        precision: Precision,
+        optim: OptimConfig,
+        process: SpacedDiffusion,
+        batch_size: int,
+    ):
+        self.recipe, self.precision, self.process = recipe, precision, process
+        self.null, self.alpha = model.num_classes or 0, 1 - optim.ema_rates[0]
+        self.model = build_reference(model, state, recipe).train()
+        self.device = self.model.pos_embed.device
+        fp32 = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        self.model.to(precision.params)
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.apart = precision.params is not precision.optimizer
+        self.masters = {n: w.requires_grad_() for n, w in fp32.items()} if self.apart else self.parameters
+        self.ema = {name: m.detach().clone() for name, m in self.masters.items()}
+        betas, fused = (optim.beta1, optim.beta2), None if recipe.plain_loop else True
+        self.optimizer = torch.optim.AdamW(
+            self.masters.values(), optim.lr, betas, optim.eps, optim.weight_decay, fused=fused
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scales_loss)
+        self.network = torch.compile(self.model, fullgraph=True, dynamic=False) if recipe.compiled else self.model
+        self.attention = attention_for(recipe, model, batch_size, precision.compute, self.device, train=True)
+
+    def __call__(self, *batch: Tensor) -> None:
+        """One step from (x, y, t, weights, noise, drop), each of B rows, as `Trainer.learn` takes them."""
+        losses = self.backward(batch)
+        if self.recipe.plain_loop:
+            losses.mean().item()
+        self.update()
+
+    def backward(self, batch: Sequence[Tensor], share: float = 1.0) -> Tensor:
+        """Adds `share` times the batch's gradients, loss-scaled in fp16; returns its losses (B,)."""
+        x, y, t, weights, noise, drop = batch
+        y = torch.where(drop, self.null, y)
+        with self.attention():
+            losses = plain_losses(self.process, self._predict, x, t, y, noise)
+            self.scaler.scale((losses * weights).mean() * share).backward()
+        return losses.detach()
+
+    def _predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with self.precision.autocast(self.device):
+            out = self.network(x if x.dtype is torch.float64 else x.to(self.precision.params), t, y)
+        return out.to(torch.promote_types(out.dtype, torch.float32))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """AdamW and EMA from the gradients; then there are none."""
+        if self.apart:
+            for name, master in self.masters.items():
+                grad = self.parameters[name].grad
+                assert grad is not None, name
+                master.grad = grad.to(master.dtype)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        averages, masters = list(self.ema.values()), list(self.masters.values())
+        if self.recipe.plain_loop:
+            for average, master in zip(averages, masters, strict=True):
+                average.mul_(1 - self.alpha).add_(master.data, alpha=self.alpha)
+        else:
+            torch._foreach_lerp_(averages, masters, self.alpha)
+        if self.apart:
+            torch._foreach_copy_(list(self.parameters.values()), masters)
+            self.model.zero_grad()
+
+    def gradients(self, batch: Sequence[Tensor], rows: int | None = None) -> dict[str, Tensor]:
+        """The gradients of the batch, computed at once or `rows` at a time, and "losses" (B,); nothing is updated."""
+        size = len(batch[0])
+        chunks = zip(*(v.split(rows or size) for v in batch), strict=True)
+        parts = [self.backward(chunk, share=len(chunk[0]) / size) for chunk in chunks]
+        scale = self.scaler.get_scale()
+        grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        found = {name: grad if scale == 1 else grad.double() / scale for name, grad in grads.items()}
+        self.model.zero_grad()
+        return {"losses": torch.cat(parts)} | found
+
+
+def attention_for(
+    recipe: Recipe, model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device, train: bool
+) -> Callable[[], AbstractContextManager]:
+    """Contexts in which a recipe's model attends by the fastest library; a CPU has one."""
+    if not recipe.sdpa or device.type != "cuda":
+        return nullcontext
+    return partial(sdpa_kernel, fastest_sdpa(model, batch, dtype, device, train))
+
+
+def fastest_sdpa(model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device, train: bool) -> SDPBackend:
+    """The library behind torch's attention that is the fastest on a model's q, k and v; with `train`, backward as well.
+
+    Plain PyTorch where none of them can.
+    """
+    assert model.input_size is not None
+    tokens = model.input_size[0] * model.input_size[1] // model.patch_size**2
+    shape = (batch, model.num_heads, tokens, model.hidden_size // model.num_heads)
+    q, k, v, dout = (torch.randn(shape, dtype=dtype, device=device, requires_grad=train) for _ in range(4))
+
+    def attend(backend: SDPBackend) -> None:
+        with sdpa_kernel(backend):
+            o = F.scaled_dot_product_attention(q, k, v)
+            if train:
+                torch.autograd.grad(o, (q, k, v), dout)
+
+    able = {}
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        try:
+            attend(backend)
+        except RuntimeError:  # torch's word for a library that is not there, or not for these inputs
+            continue
+        able[backend.name] = lambda backend=backend: attend(backend)
+    timings = interleaved(able, device, rounds=10, seconds=1.0)
+    return SDPBackend.__members__[min(timings, key=lambda name: timings[name].ms)] if timings else SDPBackend.MATH

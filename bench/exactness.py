@@ -1,0 +1,54 @@
+"""Whether a whole training step or sampling is as right as the reference's: its results against float64.
+
+each tensor    RMS error <= 3 x that of the eager reference under the same precision policy, or of one rounding
+all together   norm of the error <= 2 x the eager reference's
+A small tensor's error is its luck with a few roundings, so the budget is wide for one and narrower for all.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EACH, TOGETHER = 3.0, 2.0
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Results by name: in float64, and the eager reference's in the precision that others are judged in."""
+
+    exact: Tensors
+    eager: Tensors
+
+    def judge(self, results: Tensors) -> str | None:
+        """None for results within the budgets, else what is not."""
+        if odd := sorted(self.exact.keys() ^ results.keys()):
+            return f"{', '.join(odd[:3])} ({len(odd)} in all) are not in both its results and the reference's"
+        errors = {name: _norm(results[name].double() - exact) for name, exact in self.exact.items()}
+        allowed = {}
+        for name, exact in self.exact.items():
+            rounding = _norm(exact.to(results[name].dtype).double() - exact)
+            allowed[name] = max(_norm(self.eager[name].double() - exact), rounding)
+        worst = max(errors, key=lambda name: _ratio(errors[name], allowed[name]))
+        if not _ratio(errors[worst], allowed[worst]) <= EACH:
+            ratio = _ratio(errors[worst], allowed[worst])
+            return f"the error of {worst} is {ratio:.3g} x the eager reference's, allowed {EACH:g}"
+        ratio = _ratio(_total(errors), _total(allowed))
+        return None if ratio <= TOGETHER else f"the error is {ratio:.3g} x the eager reference's, allowed {TOGETHER:g}"
+
+
+def _norm(error: Tensor) -> float:
+    return torch.linalg.vector_norm(error).item()
+
+
+def _total(errors: Mapping[str, float]) -> float:
+    return sum(error**2 for error in errors.values()) ** 0.5
+
+
+def _ratio(error: float, allowed: float) -> float:
+    """Infinite for NaN, which compares with nothing; 0 for no error."""
+    if error == 0:
+        return 0.0
+    return error / allowed if allowed and error < float("inf") else float("inf")

@@ -1,0 +1,158 @@
+"""Activation bytes per token and layer: the storages alive behind a forward, beside what layers/memory.py estimates.
+
+Two layers and two samples more keep so many bytes more: that leaves out the weights, the embedders and the final layer.
+On a GPU the allocator's figure stands beside it, which rounds every tensor up to 512 bytes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from bench.baselines import Recipe, build_reference
+from bench.contest import Settings
+from bench.rows import DITFAST, EAGER, Job, Row
+from bench.storages import Storages
+from bench.suites import Options
+from bench.training import fill_zeros, model_config, random_batch
+from ditfast.build import build_model, predictor
+from ditfast.config import PRECISIONS, ModelConfig
+from ditfast.hardware import dtype_name
+from ditfast.kernels import backend_of
+from ditfast.layers import activation_bytes
+from ditfast.plan import POLICIES
+
+DEPTHS = (2, 4)
+# Whose blocks keep, in the same units, what the policy of that name is for.
+PEERS = {"none": (EAGER, Recipe(sdpa=True)), "block": ("fast-DiT", Recipe(sdpa=True, checkpointed=True))}
+
+
+@dataclass(frozen=True)
+class MemoryJob:
+    """A size's blocks under a recompute policy."""
+
+    model: str
+    pixels: int
+    batches: tuple[int, int]
+    precision: str
+    recompute: str
+    device: torch.device
+
+    @property
+    def job(self) -> Job:
+        """What its rows have in common."""
+        policy, fast = PRECISIONS[self.precision], " fast" if self.precision.endswith("-fast") else ""
+        return (
+            "memory",
+            f"{self.model}{fast} recompute={self.recompute}",
+            dtype_name(policy.compute),
+            f"{self.pixels} px",
+        )
+
+    def measure(self, settings: Settings) -> list[Row]:
+        """ditfast's row, and that of the peer that keeps as much by intention."""
+        config, precision = model_config(self.model, self.pixels), PRECISIONS[self.precision]
+        fused = backend_of("adaln_modulate", self.device, precision.stream) == "triton"
+
+        def estimate(depth: int) -> float:
+            with torch.device("meta"):
+                model = build_model(replace(config, depth=depth))
+            return activation_bytes(model, self.recompute, 1, precision.stream, precision.compute, fused)
+
+        per_token = self._per_token([estimate(depth) for depth in DEPTHS])
+        measured, allocated = self._measured(self._ours)
+        figures = {
+            "bytes_per_token_layer": measured,
+            "estimate_per_token_layer": per_token,
+            "error_percent": 100 * (per_token / measured - 1),
+            "allocated_per_token_layer": allocated,
+        }
+        rows = [self._row(DITFAST, figures)]
+        if self.recompute in PEERS:
+            provider, recipe = PEERS[self.recompute]
+            measured, allocated = self._measured(lambda config: self._reference(config, recipe))
+            figures = {"bytes_per_token_layer": measured, "allocated_per_token_layer": allocated}
+            rows.append(self._row(provider, figures))
+        return rows
+
+    def _row(self, provider: str, figures: dict[str, float | None]) -> Row:
+        extra = {"policy": self.recompute, "precision": self.precision, **figures}
+        return Row(*self.job[:2], provider, *self.job[2:], extra=extra)
+
+    def _per_token(self, bytes_of_depths: Sequence[float]) -> float:
+        """Bytes per token and layer, of one sample's in models of DEPTHS layers."""
+        config = model_config(self.model, self.pixels)
+        assert config.input_size is not None
+        tokens = config.input_size[0] * config.input_size[1] // config.patch_size**2
+        fewer, more = bytes_of_depths
+        return (more - fewer) / (DEPTHS[1] - DEPTHS[0]) / tokens
+
+    def _measured(self, build: Callable[[ModelConfig], nn.Module]) -> tuple[float, float | None]:
+        """Bytes per token and layer: of the storages alive, and by the allocator of a GPU."""
+        few, many = self.batches
+        of_depths = []
+        for depth in DEPTHS:
+            model = build(replace(model_config(self.model, self.pixels), depth=depth))
+            (alive, held), (alive_more, held_more) = self._kept(model, few), self._kept(model, many)
+            of_depths.append(((alive_more - alive) / (many - few), (held_more - held) / (many - few)))
+        alive_bytes, held_bytes = zip(*of_depths, strict=True)
+        on_gpu = self.device.type == "cuda"
+        return self._per_token(alive_bytes), self._per_token(held_bytes) if on_gpu else None
+
+    def _ours(self, config: ModelConfig) -> nn.Module:
+        with self.device:
+            model = build_model(config)
+        fill_zeros(model.parameters())
+        model = PRECISIONS[self.precision].apply(model)
+        model.recompute = self.recompute
+        return model
+
+    def _reference(self, config: ModelConfig, recipe: Recipe) -> nn.Module:
+        weights = {name: p.detach() for name, p in self._ours(config).named_parameters() if p.requires_grad}
+        return build_reference(config, weights, recipe).to(PRECISIONS[self.precision].params)
+
+    def _kept(self, model: nn.Module, batch: int) -> tuple[int, int]:
+        """Bytes behind a forward: storages alive, and what the allocator holds more than before (0 on a CPU)."""
+        precision = PRECISIONS[self.precision]
+        predict = predictor(model, precision, self.device)
+        x, y, t, *_ = random_batch(model_config(self.model, self.pixels), batch, self.device)
+        before = self._allocated()
+        with Storages() as storages:
+            out: Tensor = predict(x.to(precision.params), t, y)
+        alive, held = storages.alive(), self._allocated() - before
+        assert out.requires_grad
+        return alive, held
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+
+def contests(options: Options) -> Iterator[MemoryJob]:
+    """Every recompute policy in the precisions of the scale."""
+    model, pixels, batches, precisions = JOBS[options.scale.name]
+    for precision in precisions:
+        for policy in POLICIES:
+            yield MemoryJob(model, pixels, batches, precision, policy, options.device)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line per job."""
+    lines = [
+        f"{'job':40}{'dtype':8}{'provider':12}{'measured':>10}{'estimate':>10}{'error':>8}  bytes per token and layer"
+    ]
+    for row in rows:
+        figures = [row.extra.get(f"{key}_per_token_layer") for key in ("bytes", "estimate")]
+        cells = "".join(f"{'-' if value is None else f'{value:.0f}':>10}" for value in figures)
+        error = row.extra.get("error_percent")
+        cells += f"{'-' if error is None else f'{error:+.1f} %':>8}"
+        lines.append(f"{row.name:40}{row.dtype:8}{row.provider:12}{cells}  {row.why_not or ''}".rstrip())
+    return "\n".join(lines)
+
+
+# By scale: size, pixels, batches of few and of many, precisions.
+JOBS: dict[str, tuple[str, int, tuple[int, int], tuple[str, ...]]] = {
+    "small": ("tiny", 64, (1, 3), ("bf16",)),
+    "cpu": ("DiT-S/2", 256, (1, 3), ("bf16", "bf16-fast", "fp32")),
+    "gpu": ("DiT-XL/2", 256, (8, 32), ("bf16", "bf16-fast")),
+}

@@ -1,0 +1,220 @@
+"""The training step of every DiT size: against its peers, and per recompute policy with and without a CUDA graph.
+
+Timed is what `Trainer.learn` does, from a batch on the device to updated weights and EMA. Where there is a GPU to
+sample, each provider then runs once more by itself for its power.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.baselines import Baseline, Recipe
+from bench.contest import Contest, Settings
+from bench.exactness import Truth
+from bench.power import Sampler
+from bench.rows import COMPILE, DITFAST, EAGER, Job, Row
+from bench.suites import Options
+from bench.timing import Timing
+from bench.training import model_config, random_batch, trainer_for
+from ditfast.config import PRECISIONS, ConfigError, Precision, TrainConfig
+from ditfast.cuda_graph import WARMUP, CudaGraph, check_cuda_graph
+from ditfast.distributed import World
+from ditfast.hardware import dtype_name
+from ditfast.kernels.peers import PeerError
+from ditfast.layers import training_flops
+from ditfast.logs import peak_flops
+from ditfast.train import Trainer
+
+GRAPH = f"{DITFAST} graph"
+PEERS = {
+    EAGER: Recipe(sdpa=True),
+    COMPILE: Recipe(sdpa=True, compiled=True),
+    "fast-DiT": Recipe(sdpa=True, checkpointed=True, plain_loop=True),
+}
+FLOAT64 = Precision(*[torch.float64] * 6)
+CHUNK = 8  # images at a time of the float64 reference, whose attention is not made for more
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A size's training step: under the default recompute policy with its peers, or under the one named, alone."""
+
+    model: str
+    pixels: int
+    batch: int
+    precision: str
+    device: torch.device
+    recompute: str | None = None
+    compile: bool = True
+
+    @property
+    def job(self) -> Job:
+        """What its rows have in common."""
+        policy, fast = PRECISIONS[self.precision], " fast" if self.precision.endswith("-fast") else ""
+        name = f"{self.model}{fast}" + (f" recompute={self.recompute}" if self.recompute else "")
+        return "model", name, dtype_name(policy.compute), f"{self.pixels} px, batch {self.batch}"
+
+    def measure(self, settings: Settings) -> list[Row]:
+        """The rows."""
+        policy = self.recompute or TrainConfig.recompute
+        world = World(0, 1, self.device)
+        with trainer_for(
+            model_config(self.model, self.pixels), self.batch, self.precision, world, recompute=policy
+        ) as t:
+            return self.contest(t, settings.seconds).measure(settings)
+
+    def contest(self, trainer: Trainer, seconds: float) -> Contest:
+        """The contest, whose power is sampled for `seconds` each."""
+        steps = Steps(trainer, random_batch(trainer.config.model, self.batch, self.device))
+        others = [GRAPH] if self.recompute else [name for name in PEERS if self.compile or name != COMPILE]
+        runs = {name: partial(steps.run, name) for name in (DITFAST, *others)}
+        flops, policy = training_flops(trainer.model) * self.batch, trainer.config.precision
+        peak = peak_flops(self.device, policy)
+
+        def details(provider: str, timing: Timing) -> dict[str, Any]:
+            return {
+                "images_per_s": 1e3 * self.batch / timing.ms,
+                "steps_per_s": 1e3 / timing.ms,
+                "mfu": 1e3 * flops / timing.ms / peak if peak else None,
+                "cuda_graph": provider == GRAPH,
+                "recompute": trainer.config.train.recompute if provider.startswith(DITFAST) else None,
+                **power_of(runs[provider], self.batch, timing, seconds, self.device),
+            }
+
+        extra = {
+            "batch": self.batch,
+            "precision": self.precision,
+            "network": asdict(trainer.config.model),
+        }
+        return Contest(*self.job, runs, steps.check, flops=flops, extra=extra, details=details, wall=True)
+
+
+class Steps:
+    """Training steps from one batch by provider, each made when it is first asked for."""
+
+    def __init__(self, trainer: Trainer, batch: tuple[Tensor, ...]):
+        self.trainer, self.batch = trainer, batch
+        self.peer, self.truth, self.graph = cache(self._peer), cache(self._truth), cache(self._graph)
+
+    def run(self, provider: str) -> None:
+        """A whole step, to its end on the device."""
+        self.step(provider)(*self.batch)
+        if self.trainer.device.type == "cuda":
+            torch.cuda.synchronize(self.trainer.device)
+
+    def step(self, provider: str) -> Callable[..., Any]:
+        """What is called with the batch."""
+        if provider == GRAPH:
+            return self.graph()
+        return self.trainer.learn if provider == DITFAST else self.peer(provider)
+
+    def check(self, provider: str) -> str | None:
+        """None where a provider's losses and gradients are within the budgets of exactness.py, else what is not."""
+        if provider == GRAPH:
+            return self._check_replay()
+        if provider == DITFAST:
+            return self.truth().judge(gradients(self.trainer, self.batch))
+        return self.truth().judge(self.peer(provider).gradients(self.batch))
+
+    def _check_replay(self) -> str | None:
+        """A replay's gradients are out of reach: its losses and the gradients' norm are those of a step.
+
+        They are so to a thousandth, as the backward of some libraries' attention adds in no fixed order.
+        """
+        for _ in range(WARMUP + 1):
+            self.graph()(*self.batch)
+        other = [v.flip(0) for v in self.batch]
+        (terms, norm, _), (replayed, replayed_norm, _) = self.trainer.learn(*other), self.graph()(*other)
+        same = torch.allclose(terms["loss"], replayed["loss"], rtol=1e-3) and torch.allclose(norm, replayed_norm, 1e-3)
+        if same:
+            return None
+        return f"a replay has a gradient norm of {replayed_norm.item()}, the step itself of {norm.item()}"
+
+    def _graph(self) -> CudaGraph:
+        device = self.trainer.device
+        try:
+            check_cuda_graph("train.cuda_graph", device, self.trainer.model)
+        except ConfigError as error:
+            raise PeerError(str(error)) from error
+        return CudaGraph(self.trainer.learn, "train.cuda_graph", device, max_shapes=1)
+
+    def _peer(self, provider: str) -> Baseline:
+        return self._baseline(PEERS[provider], self.trainer.config.precision)
+
+    def _baseline(self, recipe: Recipe, precision: Precision) -> Baseline:
+        config, weights = self.trainer.config, self.trainer.optimizer.state_tensors()["model"]
+        return Baseline(
+            recipe, config.model, weights, precision, config.optim, self.trainer.diffusion, len(self.batch[0])
+        )
+
+    def _truth(self) -> Truth:
+        exact = self._baseline(Recipe(), FLOAT64).gradients([_doubled(v) for v in self.batch], CHUNK)
+        eager = self._baseline(Recipe(), self.trainer.config.precision).gradients(self.batch, CHUNK)
+        return Truth(exact, eager)
+
+
+def gradients(trainer: Trainer, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """What a Trainer's own step of the batch computes on its way: the gradients by parameter, and "losses" (B,)."""
+    scale, found = trainer.scaler.get_scale(), dict[str, Tensor]()
+
+    def keep(name: str, p: Tensor) -> None:
+        assert p.grad is not None
+        found[name] = p.grad.clone() if scale == 1 else p.grad.double() / scale
+
+    parameters = trainer.optimizer.parameters.items()
+    hooks = [p.register_post_accumulate_grad_hook(partial(keep, name)) for name, p in parameters]
+    try:
+        terms, _, _ = trainer.learn(*batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {"losses": terms["loss"]} | found
+
+
+def power_of(
+    run: Callable[[], object], images: int, timing: Timing, seconds: float, device: torch.device
+) -> Mapping[str, Any]:
+    """What a run of so many images draws from the GPU, over `seconds` of it alone; nulls where nothing can be read."""
+    sampler = Sampler(device)
+    if sampler.absent:
+        return sampler.figures(images)
+    times = max(3, math.ceil(1e3 * seconds / timing.ms))
+    with sampler:
+        for _ in range(times):
+            run()
+    return sampler.figures(times * images)
+
+
+def _doubled(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
+
+
+def contests(options: Options) -> Iterator[TrainingJob]:
+    """Every size with its peers, the largest first; its recompute policies; the other precisions."""
+    job = partial(TrainingJob, device=options.device, compile=options.scale.compile)
+    for model, pixels, batch, precisions, policies in JOBS[options.scale.name]:
+        for precision in precisions:
+            yield job(model, pixels, batch, precision)
+        for precision in precisions[:2]:
+            yield from (job(model, pixels, batch, precision, recompute=policy) for policy in policies)
+
+
+POLICIES = ("none", "ops", "mlp", "block")
+# By scale: size, pixels, batch; precisions, the first two also by recompute policy; those policies.
+JOBS: dict[str, tuple[tuple[str, int, int, tuple[str, ...], tuple[str, ...]], ...]] = {
+    "small": (("tiny", 64, 2, ("fp32",), ("block",)),),
+    "cpu": (("DiT-S/2", 256, 8, ("bf16", "fp32"), POLICIES),),
+    "gpu": (
+        ("DiT-XL/2", 256, 256, ("bf16", "bf16-fast", "fp16", "fp32"), POLICIES),
+        ("DiT-XL/2", 512, 64, ("bf16", "bf16-fast"), ("ops", "mlp")),
+        ("DiT-L/2", 256, 256, ("bf16", "bf16-fast"), ("ops", "mlp")),
+        ("DiT-B/2", 256, 256, ("bf16", "bf16-fast"), ("none", "ops")),
+        ("DiT-S/2", 256, 256, ("bf16", "bf16-fast"), ("none", "ops")),
+        ("DiT-XL/2", 256, 32, ("bf16",), ("none", "ops")),
+    ),
+}

@@ -1,0 +1,206 @@
+"""Milliseconds per image of DDPM-250 and DDIM-50 with guidance: ditfast as `ditfast sample` draws, and its peers.
+
+ditfast computes the modulation ahead and, on a GPU, replays CUDA graphs, whose recording is in its time as it is in the
+command's. The peers are the reference model, eager and under torch.compile, in the loop of the official script: a
+doubled batch, moments op by op.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.baselines import Recipe, attention_for, build_reference
+from bench.contest import Contest, Settings
+from bench.exactness import Truth
+from bench.rows import COMPILE, DITFAST, EAGER, Job, Row
+from bench.suites import Options
+from bench.timing import Timing
+from bench.training import fill_zeros, model_config
+from ditfast.build import build_diffusion, build_model
+from ditfast.config import PRECISIONS, Precision, RunConfig, SampleConfig, TrainConfig
+from ditfast.diffusion import SpacedDiffusion
+from ditfast.hardware import dtype_name
+from ditfast.layers import forward_macs
+from ditfast.sample import Network, SampleNoise, cycle_labels, draw
+
+NO_GRAPH = f"{DITFAST} without graph"
+PEERS = {EAGER: Recipe(sdpa=True), COMPILE: Recipe(sdpa=True, compiled=True)}
+FLOAT64 = Precision(*[torch.float64] * 6)
+GUIDANCE = 4.0
+CHECKED_STEPS = 4  # of both samplers' loops, for parity: float64 over 250 would take longer than the timing
+
+
+@dataclass(frozen=True)
+class SamplingJob:
+    """`batches` batches from a size by a sampler in so many steps."""
+
+    model: str
+    pixels: int
+    batch: int
+    batches: int
+    sampler: str
+    steps: int
+    precision: str
+    device: torch.device
+    compile: bool = True
+
+    @property
+    def job(self) -> Job:
+        """What its rows have in common."""
+        policy, fast = PRECISIONS[self.precision], " fast" if self.precision.endswith("-fast") else ""
+        shape = f"{self.pixels} px, batch {self.batch}"
+        return "sample", f"{self.model}{fast} {self.sampler}-{self.steps}", dtype_name(policy.compute), shape
+
+    def measure(self, settings: Settings) -> list[Row]:
+        """The rows."""
+        return self.contest(Samplers(self)).measure(settings)
+
+    def contest(self, samplers: "Samplers") -> Contest:
+        """The contest of those who sample."""
+        images = self.batch * self.batches
+        own = [DITFAST, NO_GRAPH] if self.device.type == "cuda" else [DITFAST]
+        providers = [*own, *(name for name in PEERS if self.compile or name != COMPILE)]
+        # With guidance every image is two.
+        flops = 2 * 2 * forward_macs(samplers.network.model) * images * self.steps
+
+        def details(provider: str, timing: Timing) -> dict[str, Any]:
+            return {"ms_per_image": timing.ms / images, "cuda_graph": provider == DITFAST and len(own) > 1}
+
+        return Contest(
+            *self.job, {name: partial(samplers.run, name) for name in providers}, samplers.check,
+            flops=flops, details=details, wall=True,
+            extra={
+                "sampler": self.sampler, "steps": self.steps, "batch": self.batch, "images": images,
+                "guidance_scale": GUIDANCE, "precision": self.precision,
+            },
+        )  # fmt: skip
+
+
+class Samplers:
+    """Who samples, by provider, all from the same weights."""
+
+    def __init__(self, job: SamplingJob):
+        self.job, self.device, self.precision = job, job.device, PRECISIONS[job.precision]
+        self.config = RunConfig(
+            model=model_config(job.model, job.pixels),
+            train=TrainConfig(precision=job.precision),
+            sample=SampleConfig(job.sampler, job.steps, GUIDANCE, batch_size=job.batch),  # type: ignore[arg-type]
+        )
+        with self.device:
+            model = build_model(self.config.model)
+        fill_zeros(model.parameters())
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.network = Network(self.precision.apply(model).eval().requires_grad_(False), self.precision, self.device)
+        self.labels = cycle_labels(job.batch * job.batches, None, model.y_embedder.num_classes)
+        self.peer, self.truth = cache(self._peer), cache(self._truth)
+
+    def run(self, provider: str, steps: int | None = None) -> Tensor:
+        """The samples (N, C, H, W) on the CPU, from the noise that `ditfast sample --seed 0` starts with."""
+        if provider in PEERS:
+            return self.official(*self.peer(provider), steps or self.job.steps)
+        options = replace(
+            self.config.sample,
+            steps=steps or self.job.steps,
+            cuda_graph=provider == DITFAST and self.device.type == "cuda",
+        )
+        return draw(self.network, replace(self.config, sample=options), self.labels)
+
+    def check(self, provider: str) -> str | None:
+        """None where samples of a few steps are within the budgets of exactness.py, else what is wrong."""
+        return self.truth().judge({"samples": self.run(provider, CHECKED_STEPS)})
+
+    def official(
+        self,
+        model: Callable[..., Tensor],
+        attention: Callable[..., Any],
+        steps: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """The samples by the official script's loop in `dtype`, with ditfast's noise."""
+        ddim = self.job.sampler == "ddim"
+        config, null = self.config.model, self.network.num_classes
+        process = build_diffusion(self.config.diffusion, config.learn_sigma, f"ddim{steps}" if ddim else str(steps))
+        assert config.in_channels is not None and config.input_size is not None
+        shape, drawn = (config.in_channels, *config.input_size), []
+        for start in range(0, len(self.labels), self.job.batch):
+            y = self.labels[start : start + self.job.batch].to(self.device)
+            draw_noise = SampleNoise(0, range(start, start + len(y)), shape, self.device)
+            both = torch.cat([y, torch.full_like(y, null)])
+            with torch.no_grad(), attention():
+                x = doubled(draw_noise().to(dtype))
+                for i in reversed(range(process.num_timesteps)):
+                    x = official_step(process, model, x, both, i, None if ddim else doubled(draw_noise().to(dtype)))
+            drawn.append(x.chunk(2)[0].cpu())
+        return torch.cat(drawn)
+
+    def _peer(self, provider: str) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
+        return self._reference(PEERS[provider], self.precision)
+
+    def _reference(self, recipe: Recipe, precision: Precision) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
+        """The guided reference model, and the context in which it attends."""
+        config = self.config.model
+        model = build_reference(config, self.weights, recipe).to(precision.params).eval().requires_grad_(False)
+        if recipe.compiled:
+            model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+
+        def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            with precision.autocast(self.device):
+                return model.forward_with_cfg(x.to(precision.params), t, y, GUIDANCE).to(x.dtype)
+
+        attention = attention_for(recipe, config, 2 * self.job.batch, precision.compute, self.device, train=False)
+        return predict, attention
+
+    def _truth(self) -> Truth:
+        exact, eager = (
+            self.official(*self._reference(Recipe(), precision), CHECKED_STEPS, dtype)
+            for precision, dtype in ((FLOAT64, torch.float64), (self.precision, torch.float32))
+        )
+        return Truth({"samples": exact}, {"samples": eager})
+
+
+def official_step(
+    process: SpacedDiffusion, model: Callable[..., Tensor], x: Tensor, y: Tensor, i: int, noise: Tensor | None
+) -> Tensor:
+    """x at step i -> at step i - 1: ancestral with the noise given, DDIM of eta 0 without."""
+    t = torch.full((len(x),), i, device=x.device)
+    out = process.p_mean_variance(model, x, t, clip_denoised=False, model_kwargs={"y": y})
+    if noise is not None:
+        return out["mean"] + (i > 0) * torch.exp(0.5 * out["log_variance"]) * noise
+    eps = process.predict_eps_from_xstart(x, t, out["pred_xstart"])
+    bar = process.gather("alphas_cumprod_prev", t, x)
+    return out["pred_xstart"] * bar.sqrt() + (1 - bar).sqrt() * eps
+
+
+def doubled(x: Tensor) -> Tensor:
+    """The batch twice: with the labels, and with the null class."""
+    return torch.cat([x, x])
+
+
+def contests(options: Options) -> Iterator[SamplingJob]:
+    """Both samplers at every batch size of the scale."""
+    for model, pixels, batch, batches, sampler, steps, precision in JOBS[options.scale.name]:
+        yield SamplingJob(
+            model, pixels, batch, batches, sampler, steps, precision, options.device, options.scale.compile
+        )
+
+
+# By scale: size, pixels, batch, batches, sampler, steps, precision. Few batches cost time, many hide the recording.
+JOBS: dict[str, tuple[tuple[str, int, int, int, str, int, str], ...]] = {
+    "small": (("tiny", 64, 2, 2, "ddpm", 5, "fp32"), ("tiny", 64, 1, 1, "ddim", 5, "fp32")),
+    "cpu": (
+        ("DiT-S/2", 256, 1, 1, "ddim", 10, "bf16"),
+        ("DiT-S/2", 256, 8, 1, "ddim", 4, "bf16"),
+        ("DiT-S/2", 256, 1, 1, "ddpm", 10, "bf16"),
+    ),
+    "gpu": tuple(
+        ("DiT-XL/2", 256, batch, batches, sampler, steps, precision)
+        for precision in ("bf16-fast", "bf16")
+        for batch, batches, sampler, steps in (
+            (1, 8, "ddim", 50), (32, 4, "ddim", 50), (1, 4, "ddpm", 250), (32, 1, "ddpm", 250),
+        )
+    ),
+}  # fmt: skip
