@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from bench.rows import COMPILE, DITFAST, EAGER
 from bench.suites import Options
 from bench.timing import Prepared, Run, Timing
 from ditfast.kernels import OPS, BackendError, OpSpec, backend_of, parity
-from ditfast.kernels.peers import PeerError, judge_peer, peers_of
+from ditfast.kernels.peers import PeerError, as_backend, judge_peer, peers_of
 from ditfast.kernels.spec import Case
 from ditfast.kernels.tune import resize
 
@@ -24,9 +25,9 @@ log = logging.getLogger("bench")
 CHECKED_TENSORS = 20
 
 
-def contests(options: Options, specs: tuple[OpSpec, ...] = OPS) -> Iterator[Contest]:
+def contests(options: Options, specs: tuple[OpSpec, ...] | None = None) -> Iterator[Contest]:
     """A contest of every op's forward and, where it has one, backward, for each case and dtype of the scale."""
-    for spec in specs:
+    for spec in OPS if specs is None else specs:
         for case in options.scale.ops(spec):
             for dtype in options.scale.dtypes:
                 yield from Match(spec, case, dtype, options).contests()
@@ -120,7 +121,8 @@ class Match:
             inputs = self.draw(resize(self.case, few)) if few else self.inputs()
             self._truth = parity.truth(self.spec, inputs, torch.Generator(self.device).manual_seed(1))
         if provider == DITFAST:
-            return wrong(self._truth.judge(self.backend()))
+            timed = as_backend(self.spec, self.functions[provider])
+            return wrong(replace(self._truth, spec=timed).judge(self.backend()))
         if provider not in (EAGER, COMPILE) and not self.spec.mutates:
             case = (self.spec.resize or resize)(self.case, {"B": 2}) if "B" in self.case.sizes else self.case
             truth = parity.truth(self.spec, self.draw(case, torch.float32), torch.Generator(self.device).manual_seed(1))

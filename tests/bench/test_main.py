@@ -1,0 +1,111 @@
+"""`python -m bench ops` and the same contests under pytest-benchmark, at the smallest sizes."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import __main__ as bench
+from bench import limits
+from bench.rows import Results
+from bench.suites import ops
+from ditfast import hardware
+from ditfast.hardware import Ceilings
+from ditfast.kernels import OPS
+
+ROOT = Path(__file__).parents[2]
+LIMITS = Ceilings(10.0, {"fp32": 0.5}, "measured", "a machine", "2.13")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*arguments) -> (exit status, what was printed)."""
+    monkeypatch.setattr(limits, "of", lambda device: LIMITS)
+
+    def run(*arguments):
+        return bench.main(["ops", "--small", "--device", "cpu", *arguments]), capsys.readouterr().out
+
+    return run
+
+
+def test_every_op_is_measured_and_the_table_comes_last(run, tmp_path):
+    path = tmp_path / "ops.json"
+    status, out = run("--json", str(path))
+    results = Results.load(path)
+    own = [row for row in results.rows if row.provider == "ditfast"]
+    assert status == 0 and {row.extra["op"] for row in own} == {spec.name for spec in OPS}
+    assert all(row.ms > 0 and row.peak_bytes >= 0 for row in own)
+    assert results.machine["kind"] == "cpu" and results.limits["copy_gbps"] == 10.0
+    *_, last, machine = out.splitlines()
+    assert last.startswith("adamw_ema fwd") and machine.startswith("on ")
+
+
+def test_a_wrong_op_ends_in_status_1(run, monkeypatch):
+    spec = next(spec for spec in OPS if spec.name == "gate_residual")
+
+    def wrong(*, backend="auto", **inputs):
+        return spec.fn(**inputs, backend=backend) * (1 if backend == "reference" else 1.001)
+
+    monkeypatch.setattr(ops, "OPS", (replace(spec, fn=wrong),))
+    status, out = run()
+    assert status == 1 and "ditfast refused: " in out
+
+
+def test_a_suite_goes_on_and_says_what_is_left(run, tmp_path):
+    path = str(tmp_path / "ops.json")
+    status, out = run("--json", path, "--only", "q_sample", "--seconds", "0")
+    assert status == 0 and "out of time: 2 jobs are left; the same command goes on" in out
+    run("--json", path, "--only", "q_sample fwd")
+    first = Results.load(path).rows
+    run("--json", path, "--only", "q_sample")
+    assert Results.load(path).rows[: len(first)] == first and len(Results.load(path).rows) == 2 * len(first)
+
+
+def test_a_file_of_another_device_is_left_alone(tmp_path, run, capsys):
+    path = tmp_path / "ops.json"
+    Results({"device": "H200"}).save(path)
+    assert bench.main(["ops", "--small", "--device", "cpu", "--json", str(path)]) == 2
+    assert "holds rows of H200" in capsys.readouterr().err and Results.load(path).machine == {"device": "H200"}
+
+
+def test_every_name_leads_to_a_module():
+    for name in (*bench.SUITES.values(), *bench.COMMANDS.values()):
+        assert (ROOT / f"{name.replace('.', '/')}.py").exists() or (ROOT / name.replace(".", "/")).is_dir(), name
+
+
+def test_an_unknown_name_is_told_what_there_is(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["opps"])
+    assert "'ops'" in capsys.readouterr().err
+
+
+def test_pytest_benchmark_writes_compares_and_draws(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    pytest.importorskip("pygal")
+
+    here = replace(LIMITS, machine=limits.limits_name(torch.device("cpu")), torch=torch.__version__)
+    hardware.save_measured(here, tmp_path / "ditfast" / "ceilings.json")
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "pytest", "bench/test_suites.py", "--small", "--device", "cpu", "-q"]
+        command += ["-p", "no:cacheprovider", "-k", "gate_residual and fwd and not adaln"]
+        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    saved = tmp_path / "now.json"
+    run(f"--benchmark-json={saved}", f"--benchmark-histogram={tmp_path / 'now'}")
+    tree = json.loads(saved.read_text())
+    rows = {one["extra_info"]["provider"]: one["extra_info"] for one in tree["benchmarks"]}
+    assert set(rows) == {"ditfast", "eager"} and all(row["ms"] > 0 for row in rows.values())
+    assert {one["group"] for one in tree["benchmarks"]} == {"ops gate_residual fwd fp32 odd: B 5, T 63, D 48"}
+    assert tree["machine_info"]["ditfast"]["kind"] == "cpu"
+    assert list(tmp_path.glob("now-*.svg"))
+    compared = run(f"--benchmark-compare={saved}")
+    assert compared.count("\ntest_contest[gate_residual fwd") == 2 * len(rows), compared
