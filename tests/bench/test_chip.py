@@ -1,9 +1,6 @@
-"""The ledger of what passed on a chip, and the script that keeps it."""
+"""The ledger of what passed on a chip."""
 
 import json
-import os
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +129,7 @@ from pathlib import Path
 import torch
 from bench import chip, sanitize
 torch.cuda.get_device_name = lambda: "a chip"
+chip.machine_line = lambda: {"gpu": "a chip", "torch": torch.__version__}
 ledger, suite = map(Path, sys.argv[1:3])
 sanitize.sanitize = lambda seconds: set(sys.argv[3].split())
 sys.exit(chip.run_tests(60, sys.argv[4:], ledger, suite))
@@ -163,74 +161,6 @@ def test_an_op_that_the_sanitizer_rejects_is_taken_out_though_its_tests_pass(tmp
     (tmp_path / "pytest.ini").write_text('[pytest]\naddopts = -m "not full"\nmarkers = full\n')
     assert run_suite(ledger, suite, OP) == 1
     assert set(chip.read(ledger)) == {spec.name for spec in chip.KERNEL_OPS} - {OP}
-
-
-def run_script(*args: str, root: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | env
-    return subprocess.run(
-        ["bash", "bench/gpu.sh", *args], cwd=root, env=env, capture_output=True, text=True, timeout=120
-    )
-
-
-STUB = """#!/usr/bin/env bash
-case "$*" in
-*"import pytest"*) exit 1 ;;
-*"pip install"*) touch "$(echo "$TMPDIR"/*)/installed"; sleep 1.1 ;;
-*cuda*) echo True ;;
-*) echo "ran $*; found $(ls "${PYTHONPATH%%:*}")" ;;
-esac
-"""
-
-
-def test_script_takes_wheels_runs_within_the_rest_of_its_time_and_removes_them(tmp_path):
-    for name in ("bench", ".whl", "tmp"):
-        (tmp_path / name).mkdir()
-    shutil.copy(ROOT / "bench" / "gpu.sh", tmp_path / "bench")
-    (tmp_path / ".whl" / "some.whl").touch()
-    stub = tmp_path / "python"
-    stub.write_text(STUB)
-    stub.chmod(0o755)
-    done = run_script("test", root=tmp_path, PYTHON=str(stub), TMPDIR=str(tmp_path / "tmp"))
-    assert done.returncode == 0, done.stderr
-    ran = re.fullmatch(r"ran -m bench.chip test --seconds (\d+); found installed\n", done.stdout)
-    assert 470 <= int(ran[1]) < 480
-    assert not list((tmp_path / "tmp").iterdir())
-
-
-def test_script_with_a_python_without_torch_fails_and_says_what_to_do(tmp_path):
-    (tmp_path / "torch.py").write_text("raise ImportError('libcudart is missing')")
-    done = run_script("test", PYTHONPATH=str(tmp_path))
-    assert done.returncode == 1 and "PYTHON=" in done.stderr and "libcudart is missing" in done.stderr
-
-
-def test_script_without_a_gpu_says_so_and_leaves_the_ledger():
-    before = chip.LEDGER.read_bytes() if chip.LEDGER.exists() else None
-    done = run_script("test")
-    assert done.returncode == 0 and "no GPU" in done.stdout
-    assert (chip.LEDGER.read_bytes() if chip.LEDGER.exists() else None) == before
-
-
-def test_script_tunes_into_the_results_within_the_rest_of_its_time(tmp_path):
-    (tmp_path / "bench" / "results").mkdir(parents=True)
-    (tmp_path / "bench" / "results" / "tuned.json").write_text("{}")
-    (tmp_path / "out").mkdir()
-    shutil.copy(ROOT / "bench" / "gpu.sh", tmp_path / "bench")
-    stub = tmp_path / "python"
-    stub.write_text('#!/usr/bin/env bash\ncase $* in *cuda*) echo True ;; *kernels*) echo "ran $*"; exit 3 ;; esac\n')
-    stub.chmod(0o755)
-    done = run_script("tune", "--op", "patchify", root=tmp_path, PYTHON=str(stub), OUT=str(tmp_path / "out"))
-    assert done.returncode == 3, "the command's status is the script's"
-    ran = re.fullmatch(
-        r"ran -m ditfast.kernels tune --cache bench/results/tuned.json --op patchify --seconds (\d+)\n", done.stdout
-    )
-    assert 460 <= int(ran[1]) <= 470
-    assert (tmp_path / "out" / "tuned.json").exists()
-
-
-@pytest.mark.parametrize("args", ((), ("tset",)))
-def test_script_refuses_an_unknown_command(args):
-    done = run_script(*args)
-    assert done.returncode == 2 and "usage" in done.stderr
 
 
 def test_stale_prints_each_op_that_has_not_run(capsys, monkeypatch):
