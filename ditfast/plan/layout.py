@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from ditfast.config import ConfigError, Precision
 from ditfast.hardware import Ceilings, Gpu
-from ditfast.layers import DiT
+from ditfast.layers import DiT, policy_of_block
 from ditfast.plan.memory import POLICIES, policy_memory, state, trainable
 from ditfast.plan.step import Factor, Share, StepTime, rates, step_time
 
@@ -16,10 +16,12 @@ FACTORS = {
         0.90, "of the gradients' and weights' communication, if the work beside it lasts: the last bucket"
     ),
     "same": Factor(0.02, "a simpler layout is kept unless another is faster by more than this"),
+    "latency": Factor(20e-6, "seconds of a collective of tensor or sequence parallelism (nccl-tests, small messages)"),
+    "reserve": Factor(1.5e9, "bytes of the CUDA context, and of cuBLAS' and NCCL's workspaces (estimate)"),
+    "sequence": Factor(
+        4096, "tokens of an image from which sequence parallelism is worth its communication (published)"
+    ),
 }
-LATENCY = 20e-6  # seconds of one collective that nothing hides (nccl-tests, small messages over NVLink)
-RESERVE = 1.5e9  # bytes of the CUDA context, cuBLAS' and NCCL's workspaces
-FEWEST_TOKENS = 4096  # of an image, from which sequence parallelism is worth its communication
 
 
 @dataclass(frozen=True)
@@ -166,12 +168,12 @@ def weigh(job: Job, cluster: Cluster, layout: Layout, policies: tuple[str, ...] 
     """A layout with the policy that costs the least of those that fit into memory, or with the reason why none does."""
     if why := obstacle(job, layout):
         return Candidate(layout, why=why)
-    room = cluster.gpu.memory * 1e9 - RESERVE
+    room = cluster.gpu.memory * 1e9 - FACTORS["reserve"].value
     weighed = [_with_policy(job, cluster, layout, policy) for policy in policies]
     fitting = [each for each in weighed if each.memory and each.memory.total <= room]
     if not fitting:
         least = min(weighed, key=lambda each: each.memory.total if each.memory else 0)
-        needed = (least.memory.total + RESERVE) / 1e9 if least.memory else 0
+        needed = (least.memory.total + FACTORS["reserve"].value) / 1e9 if least.memory else 0
         even = f" even with recompute {least.policy}" if len(policies) > 1 else ""
         return replace(least, why=f"needs {needed:.1f} GB of {cluster.gpu.memory:g}{even}")
     return min(fitting, key=lambda each: each.time.total - each.time.communication if each.time else 0)
@@ -195,7 +197,7 @@ def choose(job: Job, candidates: list[Candidate]) -> Candidate | None:
     Sequence parallel only for long sequences, or where nothing else fits.
     """
     fitting = [(each, each.time.total) for each in candidates if each.fits and each.time]
-    usual = [pair for pair in fitting if pair[0].layout.sequence == 1 or job.tokens >= FEWEST_TOKENS]
+    usual = [pair for pair in fitting if pair[0].layout.sequence == 1 or job.tokens >= FACTORS["sequence"].value]
     fitting = usual or fitting
     fastest = min((total for _, total in fitting), default=0.0)
     return next((each for each, total in fitting if total <= fastest * (1 + FACTORS["same"].value)), None)
@@ -240,7 +242,7 @@ def _communication(
     """(bytes that a GPU sends in a step, milliseconds that nothing hides, milliseconds beside other work)."""
     p, count = job.precision, trainable(job.model) / layout.tensor
     gradients, weights, computed = (count * dtype.itemsize for dtype in (p.grads, p.params, p.compute))
-    # (bytes, times that all of them cross, milliseconds of the work beside it): forward a third, backward two thirds.
+    # (bytes that all cross, milliseconds of the work beside them): the forward is a third of it, the backward the rest.
     forward, backward = time.total / 3, time.total * 2 / 3
     moved = {
         "none": [(2 * gradients, backward)],
@@ -256,13 +258,18 @@ def _communication(
     if layout.parts > 1:
         # Tensor parallel: two sums of the stream a block and direction; sequence parallel: q, k, v there, o back.
         stream = images * job.tokens * job.model.pos_embed.shape[-1] * p.compute.itemsize
-        ways = 2 + (policy == "block")
+        ways = 2 + _whole_blocks(policy, len(job.model.blocks))
         each = 4 * stream if layout.tensor > 1 else 4 * stream / layout.parts
         size = each * ways * len(job.model.blocks) * job.accumulate
         bytes_sent, seconds = _ring(size, layout.parts, 1, cluster)
-        seconds += 4 * ways * len(job.model.blocks) * job.accumulate * LATENCY
+        seconds += 4 * ways * len(job.model.blocks) * job.accumulate * FACTORS["latency"].value
         sent, exposed = sent + bytes_sent, exposed + 1e3 * seconds
     return sent, exposed, hidden
+
+
+def _whole_blocks(policy: str, blocks: int) -> float:
+    """The share of the blocks that are computed again whole, with their communication."""
+    return [policy_of_block(policy, i) for i in range(blocks)].count("block") / blocks
 
 
 def _ring(size: float, inner: int, outer: int, cluster: Cluster) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from ditfast.files import replacing
 from ditfast.hardware import dtype_name
 from ditfast.layers import training_flops
 from ditfast.plan.layout import FACTORS as LAYOUT_FACTORS
-from ditfast.plan.layout import FEWEST_TOKENS, Candidate, Cluster, Job, choose, layouts, weigh
+from ditfast.plan.layout import Candidate, Cluster, Job, choose, layouts, weigh
 from ditfast.plan.memory import POLICIES
 from ditfast.plan.step import FACTORS as STEP_FACTORS
 
@@ -47,7 +47,7 @@ class Plan:
         assert candidate.time and self.proposed and self.proposed.time
         slower = candidate.time.total / self.proposed.time.total - 1
         if slower < -LAYOUT_FACTORS["same"].value:
-            said = f"{self.job.tokens} tokens: sequence parallelism pays from about {FEWEST_TOKENS}"
+            said = f"{self.job.tokens} tokens: sequence parallelism pays from about {LAYOUT_FACTORS['sequence'].value}"
         elif slower < 0.001:
             said = "hardly faster, less simple"
         else:

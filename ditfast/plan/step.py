@@ -17,7 +17,7 @@ from ditfast.plan.memory import trainable
 
 @dataclass(frozen=True)
 class Factor:
-    """A share of a ceiling that the model counts on, and why."""
+    """A number that the model counts on, mostly a share of a ceiling, and why."""
 
     value: float
     reason: str

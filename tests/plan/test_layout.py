@@ -8,7 +8,7 @@ from ditfast.config import PRECISIONS, ConfigError
 from ditfast.hardware import Ceilings, datasheet, gpu
 from ditfast.layers import DiT
 from ditfast.plan import Cluster, Job, Layout, published_model, weigh
-from ditfast.plan.layout import FACTORS, LATENCY
+from ditfast.plan.layout import FACTORS
 from ditfast.plan.report import make_plan
 
 
@@ -116,8 +116,12 @@ def test_tensor_and_sequence_parallel_communication_by_hand(xl, layout, each):
     activations = each * stream * 7 / 8 * 2 * 28
     gradients = 0 if layout.tensor > 1 else 2 * 674_834_000 * 2 * 7 / 8
     assert found.communicated == pytest.approx(activations + gradients, rel=1e-3)
-    waited = 1e3 * (activations / (450e9 * FACTORS["link"].value) + 8 * 28 * LATENCY)
+    waited = 1e3 * (activations / (450e9 * FACTORS["link"].value) + 8 * 28 * FACTORS["latency"].value)
     assert found.time.communication >= waited * 0.999
+    # Computed again whole, blocks communicate again, in half as many ways more.
+    whole, half = (weigh(job(xl, 64), cluster(8), layout, (policy,)) for policy in ("block", "block:2"))
+    assert whole.communicated - gradients == pytest.approx(1.5 * activations, rel=1e-3)
+    assert half.communicated - gradients == pytest.approx(1.25 * activations, rel=1e-3)
 
 
 def test_accumulation_needs_less_memory_and_communicates_once(xl):
