@@ -16,7 +16,11 @@ from bench.runner import failures, run, table
 from bench.suites import SUITES, Options, scale_of
 
 # Sub-command -> the module whose main(arguments) does it and returns the exit status.
-COMMANDS: dict[str, str] = {"limits": "bench.limits"}
+COMMANDS: dict[str, str] = {
+    "limits": "bench.limits",
+    "compare": "bench.compare",
+    "report": "bench.report.page",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,105 @@
+"""The two tables that users know: their lines, the published figures beside, and what each line measures."""
+
+import pytest
+import torch
+
+from bench.contest import Settings
+from bench.rows import Row
+from bench.suites import GPU, SMALL, Options
+from bench.tables import fast_dit, mindone
+from bench.training import model_config, trainer_for
+from ditfast.distributed import World
+from ditfast.kernels.peers import PeerError
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(CPU, rounds=1, seconds=0.1)
+
+
+def lines(module, scale=SMALL):
+    return {piece.job[1]: piece for piece in module.contests(Options(CPU, scale))}
+
+
+def test_fast_dits_table_has_every_line_and_the_published_ones_first():
+    names = list(lines(fast_dit))
+    assert len(names) == 8
+    assert [tuple(part.endswith(" on") for part in name.split(", ")) for name in names[:4]] == list(fast_dit.PUBLISHED)
+
+
+def test_the_published_size_is_measured_on_a_gpu():
+    assert lines(fast_dit, GPU)["checkpointing on, mixed on, cached on"].job[3] == "DiT-XL/2, 256 px, batch 128"
+    assert "DiT-XL/2, 256 px, batch 64" in lines(mindone, GPU)["step, recompute on, 1 device"].job[3]
+
+
+def test_a_line_is_measured_for_both_and_stands_beside_the_published():
+    rows = lines(fast_dit)["checkpointing on, mixed on, cached on"].measure(SETTINGS)
+    assert [(row.provider, row.why_not) for row in rows] == [("ditfast", None), ("fast-DiT", None)]
+    for row in rows:
+        assert row.extra["steps_per_s"] == pytest.approx(1e3 / row.ms)
+        assert row.peak_bytes > 0 and row.extra["state_bytes"] > 0
+    [line] = fast_dit.table(rows).splitlines()[2:]
+    assert "0.84" in line and "27,485" in line
+
+
+def test_a_line_without_features_encodes_images_in_every_step(monkeypatch):
+    pytest.importorskip("diffusers")
+    calls = []
+    encode = fast_dit.Encoder.__call__
+    monkeypatch.setattr(fast_dit.Encoder, "__call__", lambda self: calls.append(encode(self)) or calls[-1])
+    piece = lines(fast_dit)["checkpointing off, mixed off, cached off"]
+    own, peer = piece.measure(SETTINGS)
+    assert own.why_not is None and peer.why_not is None
+    assert {x.shape for x in calls} == {(2, 4, 8, 8)} and len(calls) >= 8
+    assert own.extra["vae_channels"] == [32, 32, 32, 32]
+
+
+def test_without_diffusers_a_line_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
+    with pytest.raises(PeerError, match=r"ditfast\[vae\]"):
+        fast_dit.Encoder(64, 2, (32, 32), CPU)
+
+
+def test_the_state_is_counted_once_per_storage():
+    weights = torch.zeros(10)
+    assert fast_dit.distinct_bytes([weights, weights[:5], torch.zeros(3)]) == 52
+
+
+def test_the_state_of_a_run_is_weights_moments_and_ema():
+    with trainer_for(model_config("tiny"), 2, "bf16", World(0, 1, CPU)) as trainer:
+        count = sum(p.numel() for p in trainer.optimizer.parameters.values())
+        held = fast_dit.distinct_bytes(fast_dit.state_of(trainer))
+        assert held == 4 * (4 * count + trainer.model.pos_embed.numel())
+
+
+def test_out_of_memory_stands_in_the_table():
+    row = Row("fast-dit", "checkpointing off, mixed off, cached off", "ditfast", "fp32", "DiT-XL/2",
+              extra={"failed": "OutOfMemoryError: CUDA out of memory"})  # fmt: skip
+    [line] = fast_dit.table([row]).splitlines()[2:]
+    assert line.count("out of memory") == 2
+
+
+def test_a_step_of_mindones_table():
+    [row] = lines(mindone)["step, recompute on, 1 device"].measure(SETTINGS)
+    assert row.suite == "mindone" and row.ms > 0 and row.extra["recompute"] == "block"
+    assert "0.95 s, 67.37 images/s" in mindone.table([row])
+
+
+def test_loading_reads_the_file():
+    [row] = lines(mindone)["checkpoint loading"].measure(SETTINGS)
+    assert row.ms > 0 and row.extra["file_bytes"] > 10**5
+
+
+@pytest.mark.full
+def test_sampling_takes_250_steps():
+    [row] = lines(mindone)["DDPM-250 sampling, 1 image"].measure(SETTINGS)
+    assert row.ms > 0 and row.why_not is None
+
+
+@pytest.mark.full
+def test_the_first_step_is_timed_in_a_process_of_its_own():
+    [row] = lines(mindone)["compile of the training step"].measure(SETTINGS)
+    assert row.extra["first_step_s"] > row.extra["later_step_s"] > 0
+
+
+def test_published_lines_that_were_not_measured_say_so():
+    text = mindone.table([])
+    assert text.count("not measured") == len(mindone.PUBLISHED)
