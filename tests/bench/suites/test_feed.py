@@ -1,0 +1,40 @@
+"""The suite `feed`: a trainer fed from disk, whose workers end with it."""
+
+import multiprocessing
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.contest import Settings
+from bench.rows import DITFAST
+from bench.suites import SMALL, Options, feed
+from bench.suites.feed import FAST_DIT, NO_WORKERS, RESIDENT, contests
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(CPU, rounds=3, seconds=0.05)
+(JOB,) = contests(Options(CPU, SMALL))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def test_rows_of_the_small_suite(monkeypatch):
+    read = feed.FeatureFolder.__getitem__
+    monkeypatch.setattr(feed.FeatureFolder, "__getitem__", lambda self, i: (torch.rand(1000).sort(), read(self, i))[1])
+    rows = {row.provider: row for row in JOB.measure(SETTINGS)}
+    assert {name: row.why_not for name, row in rows.items()} == dict.fromkeys((DITFAST, NO_WORKERS, FAST_DIT, RESIDENT))
+    for row in rows.values():
+        assert row.extra["images_per_s"] == pytest.approx(1e3 * JOB.batch * JOB.steps / row.ms)
+        assert 0 <= row.extra["data_wait"] < 1
+    assert rows[RESIDENT].extra["data_wait"] < 0.1 * rows[NO_WORKERS].extra["data_wait"]
+    assert multiprocessing.active_children() == []
+
+
+def test_labels_of_other_images_are_refused(monkeypatch):
+    read = feed._Files.__getitem__
+    monkeypatch.setattr(feed._Files, "__getitem__", lambda self, i: (read(self, i)[0], read(self, i - 1)[1]))
+    rows = {row.provider: row for row in replace(JOB, workers=0).measure(SETTINGS)}
+    assert "the files have" in rows[FAST_DIT].extra["refused"] and rows[DITFAST].ms

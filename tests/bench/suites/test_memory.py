@@ -1,0 +1,42 @@
+"""The suite `memory`: what is kept is measured, not estimated, and stands beside the estimate."""
+
+import pytest
+import torch
+
+from bench.contest import Settings
+from bench.rows import DITFAST, EAGER
+from bench.suites import SMALL, Options, memory
+from bench.suites.memory import MemoryJob, contests, table
+from ditfast.plan import POLICIES
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(CPU)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def test_rows_of_the_small_suite():
+    rows = [row for job in contests(Options(CPU, SMALL)) for row in job.measure(SETTINGS)]
+    ours = {row.extra["policy"]: row.extra for row in rows if row.provider == DITFAST}
+    assert tuple(ours) == POLICIES
+    kept = {policy: extra["bytes_per_token_layer"] for policy, extra in ours.items()}
+    assert kept["none"] > kept["ops"] > kept["mlp"] > kept["block:2"] > kept["block"]
+    for extra in ours.values():
+        measured, estimate = extra["bytes_per_token_layer"], extra["estimate_per_token_layer"]
+        assert extra["error_percent"] == pytest.approx(100 * (estimate / measured - 1))
+        assert -20 < extra["error_percent"] < 1, "statistics of a narrow model are not in the estimate"
+        assert extra["allocated_per_token_layer"] is None
+    peers = {row.provider: row.extra["bytes_per_token_layer"] for row in rows if row.provider != DITFAST}
+    assert peers["fast-DiT"] == 64 * 4, "x in fp32"
+    assert peers[EAGER] >= kept["none"]
+    assert "tiny recompute=mlp" in table(rows) and "fast-DiT" in table(rows)
+
+
+def test_a_wrong_estimate_shows(monkeypatch):
+    estimate = memory.activation_bytes
+    monkeypatch.setattr(memory, "activation_bytes", lambda *args: 2 * estimate(*args))
+    row = MemoryJob("tiny", 64, (1, 3), "bf16-fast", "mlp", CPU).measure(SETTINGS)[0]
+    assert row.extra["error_percent"] > 80

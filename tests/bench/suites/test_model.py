@@ -1,0 +1,78 @@
+"""The suite `model`: its rows, and providers that compute something else are refused before they are timed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import baselines
+from bench.contest import Settings
+from bench.rows import COMPILE, DITFAST, EAGER
+from bench.suites import SMALL, Options
+from bench.suites.model import GRAPH, TrainingJob, contests
+from ditfast.layers import block
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(CPU, rounds=3, seconds=0.05)
+JOB = TrainingJob("tiny", 64, 2, "fp32", CPU, compile=False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def measured(job: TrainingJob) -> dict:
+    return {row.provider: row for row in job.measure(SETTINGS)}
+
+
+def test_rows_of_the_small_suite():
+    jobs = list(contests(Options(CPU, SMALL)))
+    assert len({job.job for job in jobs}) == len(jobs) == 2
+    rows = measured(jobs[0])
+    assert list(rows) == [DITFAST, EAGER, "fast-DiT"]
+    for row in rows.values():
+        assert row.why_not is None and row.ms > 0 and row.peak_bytes > 0
+        extra = row.extra
+        assert extra["images_per_s"] == pytest.approx(2e3 / row.ms)
+        assert extra["batch"] == 2 and extra["precision"] == "fp32" and extra["network"]["hidden_size"] == 64
+        assert extra["mfu"] is None and extra["watts"] is None and extra["joules_per_image"] is None
+        assert extra["power"] == "no NVIDIA driver" or torch.cuda.is_available()
+    assert rows[DITFAST].extra["recompute"] == "ops" and rows[EAGER].extra["recompute"] is None
+
+
+def test_a_policy_has_a_row_and_the_graph_says_why_it_has_no_time():
+    rows = measured(replace(JOB, recompute="block"))
+    assert rows[DITFAST].ms and rows[DITFAST].extra["recompute"] == "block"
+    assert rows[GRAPH].ms is None and "needs a CUDA device" in rows[GRAPH].extra["absent"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-fast", "fp16"])
+def test_every_precision_passes(precision):
+    rows = measured(replace(JOB, precision=precision))
+    assert {provider: row.why_not for provider, row in rows.items()} == dict.fromkeys(rows)
+    assert {row.dtype for row in rows.values()} == {precision.removesuffix("-fast")}
+
+
+def test_a_wrong_ditfast_is_refused(monkeypatch):
+    monkeypatch.setattr(block, "NORM_EPS", 1e-4)
+    rows = measured(JOB)
+    assert rows[DITFAST].ms is None and "x the eager reference's" in rows[DITFAST].extra["refused"]
+    assert rows[EAGER].ms
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_wrong_peer_is_refused(precision, monkeypatch):
+    forward = baselines._Attention.forward
+    factor = 1.0001 if precision == "fp32" else 1.1
+    monkeypatch.setattr(baselines._Attention, "forward", lambda self, x: factor * forward(self, x))
+    rows = measured(replace(JOB, precision=precision))
+    assert rows[EAGER].ms is None and "refused" in rows[EAGER].extra and "refused" in rows["fast-DiT"].extra
+    assert rows[DITFAST].ms
+
+
+@pytest.mark.full
+def test_torch_compile_is_what_others_are_compared_with():
+    rows = measured(replace(JOB, compile=True))
+    assert rows[COMPILE].ratio_to_compile == 1
+    assert rows[DITFAST].ratio_to_compile == pytest.approx(rows[COMPILE].ms / rows[DITFAST].ms)

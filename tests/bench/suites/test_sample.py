@@ -1,0 +1,63 @@
+"""The suite `sample`: its rows, and samples that are not the reference's are refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.contest import Settings
+from bench.rows import COMPILE, DITFAST, EAGER
+from bench.suites import SMALL, Options, sample
+from bench.suites.sample import SamplingJob, contests
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(CPU, rounds=3, seconds=0.05)
+JOB = SamplingJob("tiny", 64, 1, 1, "ddim", 4, "fp32", CPU, compile=False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def measured(job: SamplingJob) -> dict:
+    return {row.provider: row for row in job.measure(SETTINGS)}
+
+
+@pytest.mark.parametrize("job", list(contests(Options(CPU, SMALL))), ids=lambda job: job.sampler)
+def test_rows_of_the_small_suite(job):
+    rows = measured(job)
+    assert list(rows) == [DITFAST, EAGER]
+    for row in rows.values():
+        assert row.why_not is None and row.name == f"tiny {job.sampler}-5"
+        assert row.extra["ms_per_image"] == pytest.approx(row.ms / (job.batch * job.batches))
+        assert (row.extra["sampler"], row.extra["steps"], row.extra["batch"]) == (job.sampler, 5, job.batch)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-fast"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_both_samplers_pass_in_low_precision(sampler, precision):
+    rows = measured(replace(JOB, sampler=sampler, precision=precision))
+    assert {provider: row.why_not for provider, row in rows.items()} == dict.fromkeys(rows)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_wrong_samples_are_refused(sampler, monkeypatch):
+    draw = sample.draw
+    monkeypatch.setattr(sample, "draw", lambda *args: draw(*args) * 1.00001)
+    rows = measured(replace(JOB, sampler=sampler))
+    assert rows[DITFAST].ms is None and "the error of samples" in rows[DITFAST].extra["refused"]
+    assert rows[EAGER].ms
+
+
+def test_another_guidance_is_refused(monkeypatch):
+    monkeypatch.setattr(sample, "GUIDANCE", 4.0)
+    samplers = sample.Samplers(JOB)
+    samplers.config = replace(samplers.config, sample=replace(samplers.config.sample, guidance_channels=None))
+    assert "the error of samples" in samplers.check(DITFAST)
+
+
+@pytest.mark.full
+def test_torch_compile_samples():
+    rows = measured(replace(JOB, compile=True))
+    assert rows[COMPILE].why_not is None and rows[DITFAST].ratio_to_compile > 0

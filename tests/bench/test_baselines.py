@@ -1,0 +1,100 @@
+"""The peers of the training step do the job: ditfast's loss, gradients and update, in every recipe and policy."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.baselines import Baseline, Recipe, build_reference, plain_losses
+from bench.suites.model import PEERS
+from bench.training import TINY, fill_zeros, random_batch, trainer_for
+from ditfast.build import build_diffusion, build_model
+from ditfast.config import PRECISIONS, DiffusionConfig, OptimConfig, Precision
+from ditfast.distributed import World
+
+CPU, PLAIN = torch.device("cpu"), Recipe()
+FLOAT64 = Precision(*[torch.float64] * 6)
+PROCESS = build_diffusion(DiffusionConfig(), learn_sigma=True)
+OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, decay="all", eps=1e-3, ema_rates=[0.9])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = build_model(TINY)
+    fill_zeros(model.parameters())
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def peer(weights, recipe: Recipe = PLAIN, precision: Precision = FLOAT64) -> Baseline:
+    return Baseline(recipe, TINY, weights, precision, OPTIM, PROCESS, 4)
+
+
+def exact_batch() -> list[torch.Tensor]:
+    return [v.double() if v.is_floating_point() else v for v in random_batch(TINY, 4, CPU)]
+
+
+def test_the_loss_is_ditfasts():
+    x, y, t, _, noise, _ = exact_batch()
+    out = torch.randn(4, 8, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours = PROCESS.training_losses(lambda *_, **__: out, x, t, {"y": y}, noise=noise)["loss"]
+    torch.testing.assert_close(plain_losses(PROCESS, lambda *_: out, x, t, y, noise), ours)
+
+
+@pytest.mark.parametrize("name", ["eager", "fast-DiT", pytest.param("compile", marks=pytest.mark.full)])
+def test_every_recipe_has_the_reference_gradients(name, weights):
+    expected = peer(weights).gradients(exact_batch())
+    found = peer(weights, PEERS[name]).gradients(exact_batch())
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-7, atol=1e-10)
+
+
+def test_gradients_in_chunks_are_those_of_the_batch(weights):
+    whole, chunked = peer(weights).gradients(exact_batch()), peer(weights).gradients(exact_batch(), rows=3)
+    for key, value in whole.items():
+        torch.testing.assert_close(chunked[key], value)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), PEERS["fast-DiT"]], ids=["foreach", "loop"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16-fast", "fp16"])
+def test_two_steps_move_weights_and_average_as_ditfasts(precision, recipe):
+    batch, policy = random_batch(TINY, 4, CPU), PRECISIONS[precision]
+    with trainer_for(TINY, 4, precision, World(0, 1, CPU)) as trainer:
+        own = trainer.optimizer
+        own.config, own.decays = OPTIM, [OPTIM.weight_decay] * len(own.masters)
+        own.schedule(0)
+        own._alphas.fill_(1 - OPTIM.ema_rates[0])
+        before = {name: m.detach().clone() for name, m in own.masters.items()}
+        average = next(iter(own.emas.values()))
+        for name, value in before.items():
+            average[name].copy_(value)
+        mine = Baseline(recipe, TINY, before, policy, OPTIM, trainer.diffusion, 4)
+        for _ in range(2):
+            trainer.learn(*batch)
+            mine(*batch)
+    slack = 1e-3 if precision == "fp32" else 0.03
+    for name, value in before.items():
+        for ours, theirs in ((mine.masters, own.masters), (mine.ema, average)):
+            moved, expected = ours[name].detach() - value, theirs[name].detach() - value
+            assert (moved - expected).norm() <= slack * expected.norm(), name
+            assert expected.norm() > 0, name
+        assert torch.equal(mine.parameters[name], mine.masters[name].to(policy.params)), name
+
+
+def test_fp16_gradients_are_unscaled(weights):
+    batch = random_batch(TINY, 4, CPU)
+    exact, found = peer(weights).gradients(exact_batch()), peer(weights, precision=PRECISIONS["fp16"]).gradients(batch)
+    name = "blocks.0.mlp.fc1.weight"
+    torch.testing.assert_close(found[name], exact[name], rtol=0.02, atol=1e-4)
+
+
+@pytest.mark.parametrize("odd", [{"input_size": (8, 16)}, {"block": "in_context"}])
+def test_a_model_that_the_reference_does_not_have_is_refused(odd, weights):
+    with pytest.raises(ValueError, match="square inputs and adaln_zero blocks, got"):
+        build_reference(replace(TINY, **odd), weights)
