@@ -48,8 +48,8 @@ def _run(tree: Path, suite: Sequence[str], file: Path, seconds: float) -> Result
     # A refused parity check ends with 1 and leaves results; a suite that cannot run leaves none.
     done = subprocess.run(command, cwd=tree, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if not file.exists():
-        reason = done.stderr.strip()[-2000:] or f"exit status {done.returncode}"
-        raise ValueError(f"{' '.join(command[1:])} left no results in {tree}: {reason}")
+        reason = done.stderr.strip()[-2000:] if done.returncode else "no job is of that name, or fits into --seconds"
+        raise ValueError(f"{' '.join(command[1:])} measured nothing in {tree}: {reason}")
     return Results.load(file)
 
 
