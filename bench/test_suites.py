@@ -1,10 +1,11 @@
-"""The suites under pytest-benchmark: a test of every provider in every contest, grouped by contest.
+"""The suites under pytest-benchmark: a test of every provider of an op, grouped by contest, and of every larger job.
 
     pytest bench/test_suites.py --small --benchmark-json=now.json --benchmark-histogram=now
-    pytest bench/test_suites.py --small --benchmark-compare --benchmark-autosave
+    pytest bench/test_suites.py --suite model --small --benchmark-compare --benchmark-autosave
 
-pytest-benchmark times each provider by itself, by the host's clock until the device is done; the rows that it keeps as
-extra_info hold these times. For device time, and providers in turn, there is `python -m bench`.
+Of an op pytest-benchmark times each provider by itself, by the host's clock until the device is done; the row that it
+keeps as extra_info holds these times. For device time, and providers in turn, there is `python -m bench`. A larger job
+is measured as there, all its rows are kept, and pytest-benchmark is given the percentiles of ditfast's.
 """
 
 import importlib
@@ -20,34 +21,55 @@ from bench import limits
 from bench.contest import Contest, Settings
 from bench.machine import cache_bytes
 from bench.rows import DITFAST, Job
-from bench.suites import SUITES, Options, scale_of
+from bench.runner import failures
+from bench.suites import SUITES, Options, Piece, scale_of
 from bench.timing import Prepared, Timing, peak_bytes, ready, repeats
 
 
+class Replay:
+    """A timer for pytest-benchmark that gives out durations which were measured before, in seconds."""
+
+    def __init__(self) -> None:
+        self.durations: list[float] = []
+        self.now, self.begun = 0.0, False
+
+    def __call__(self) -> float:
+        """The time at the begin of a round, then at its end."""
+        if self.begun:
+            self.now += self.durations.pop(0)
+        self.begun = not self.begun
+        return self.now
+
+
 def pytest_generate_tests(metafunc: Any) -> None:
-    """The providers of the contests, the baseline first: ratio_to_compile is to what was timed before."""
-    found = list(_contests(metafunc.config))
-    metafunc.parametrize(
-        ("contest", "provider"),
-        [
+    """The providers of contests, the baseline first: ratio_to_compile is to what was timed before. And other pieces."""
+    pieces = list(_pieces(metafunc.config))
+    if "contest" in metafunc.fixturenames:
+        contests = [piece for piece in pieces if isinstance(piece, Contest)]
+        found = [
             pytest.param(contest, provider, id=f"{contest.name}, {contest.dtype}, {contest.shape}-{provider}")
-            for contest in found
+            for contest in contests
             for provider in sorted(contest.entrants, key=lambda provider: provider != contest.baseline)
-        ],
-    )
+        ]
+        metafunc.parametrize(("contest", "provider"), found)
+    else:
+        others = [(piece, Replay()) for piece in pieces if not isinstance(piece, Contest)]
+        found = [
+            pytest.param(piece, replay, id=", ".join(piece.job), marks=pytest.mark.benchmark(timer=replay))
+            for piece, replay in others
+        ]
+        metafunc.parametrize(("piece", "replay"), found)
 
 
 def _device(config: Any) -> torch.device:
     return torch.device(config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _contests(config: Any) -> Iterator[Contest]:
+def _pieces(config: Any) -> Iterator[Piece]:
     device = _device(config)
     options = Options(device, scale_of(device, config.getoption("--small")))
     for suite in config.getoption("--suite") or ["ops"]:
-        for piece in importlib.import_module(SUITES[suite]).contests(options):
-            if isinstance(piece, Contest):
-                yield piece
+        yield from importlib.import_module(SUITES[suite]).contests(options)
 
 
 @pytest.fixture(scope="session")
@@ -96,3 +118,17 @@ def test_contest(
             baselines[contest.job] = timing
         row = contest.row(provider, timing, peak_bytes(run, settings.device), baselines.get(contest.job), settings)
         benchmark.extra_info.update(asdict(row))
+
+
+def test_piece(piece: Piece, replay: Replay, settings: Settings, benchmark: Any) -> None:
+    """Measures what is no contest of single runs; fails where ditfast does."""
+    rows = piece.measure(settings)
+    if failed := failures(rows):
+        pytest.fail("; ".join(f"{row.provider} {row.why_not}" for row in failed))
+    own = next((row for row in rows if row.provider == DITFAST), rows[0])
+    if own.ms is None or own.ms_p20 is None or own.ms_p80 is None:
+        pytest.skip(own.why_not or "it has no time")
+    replay.durations = [own.ms_p20 / 1e3, own.ms / 1e3, own.ms_p80 / 1e3]
+    benchmark.group = f"suite {own.suite}"
+    benchmark.pedantic(lambda: None, rounds=len(replay.durations))
+    benchmark.extra_info["rows"] = [asdict(row) for row in rows]

@@ -31,8 +31,9 @@ def contests(options: Options, specs: tuple[OpSpec, ...] | None = None) -> Itera
         for case in options.scale.ops(spec):
             for dtype in options.scale.dtypes:
                 yield from Match(spec, case, dtype, options).contests()
-                # The next match is compiled anew: the compiler gives up a function at its eighth set of shapes.
-                torch.compiler.reset()
+                if options.scale.compile:
+                    # The next match is compiled anew: the compiler gives up a function at its eighth set of shapes.
+                    torch.compiler.reset()
 
 
 class Match:
@@ -45,8 +46,8 @@ class Match:
     def __init__(self, spec: OpSpec, case: Case, dtype: str, options: Options) -> None:
         self.spec, self.case, self.dtype, self.device = spec, case, DTYPES[dtype], options.device
         self.dtype_name = dtype
-        self.functions = entrants(spec, options)
-        self.verdicts: dict[str, str | None] = {}
+        self.functions = entrants(spec, self.dtype, options)
+        self.verdicts: dict[str, str | Exception | None] = {}
         self._inputs: dict[str, Any] | None = None
         self._truth: parity.Truth | None = None
 
@@ -105,10 +106,15 @@ class Match:
     def check(self, provider: str) -> str | None:
         """What is wrong with a provider's outputs or gradients; None: nothing."""
         if provider not in self.verdicts:
-            self.verdicts[provider] = self.judge(provider)
+            try:
+                self.verdicts[provider] = self.judge(provider)
+            except Exception as error:
+                self.verdicts[provider] = error.with_traceback(None)  # whose frames would hold tensors
             if len(self.verdicts) == len(self.functions):
                 self._truth = None
-        return self.verdicts[provider]
+        if isinstance(found := self.verdicts[provider], Exception):
+            raise found
+        return found
 
     def judge(self, provider: str) -> str | None:
         """Parity of a provider on the inputs that are timed; of other people's also in float32.
@@ -142,9 +148,9 @@ class Match:
         return {"backend": self.backend()} if provider == DITFAST else {}
 
 
-def entrants(spec: OpSpec, options: Options) -> dict[str, Callable[..., Any]]:
+def entrants(spec: OpSpec, dtype: torch.dtype, options: Options) -> dict[str, Callable[..., Any]]:
     """Who does an op, by the provider's name: ditfast as it is used, its peers, its other backends."""
-    taken = backend_of(spec.name, options.device, torch.float32)
+    taken = backend_of(spec.name, options.device, dtype)
     left_out = {taken, "reference"} | ({"triton"} if options.device.type == "cpu" else set())  # an interpreter there
     others = {name: partial(spec.fn, backend=name) for name in spec.op.backends if name not in left_out}
     found = {DITFAST: spec.fn} | others | peers_of(spec)

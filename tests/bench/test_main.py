@@ -84,28 +84,48 @@ def test_an_unknown_name_is_told_what_there_is(capsys):
     assert "'ops'" in capsys.readouterr().err
 
 
-def test_pytest_benchmark_writes_compares_and_draws(tmp_path):
+@pytest.fixture
+def under_pytest(tmp_path):
+    """under_pytest(*arguments) -> what `pytest bench/test_suites.py --small` printed, where it passed."""
     pytest.importorskip("pytest_benchmark")
     pytest.importorskip("pygal")
-
     here = replace(LIMITS, machine=limits.limits_name(torch.device("cpu")), torch=torch.__version__)
     hardware.save_measured(here, tmp_path / "ditfast" / "ceilings.json")
 
     def run(*arguments):
         command = [sys.executable, "-m", "pytest", "bench/test_suites.py", "--small", "--device", "cpu", "-q"]
-        command += ["-p", "no:cacheprovider", "-k", "gate_residual and fwd and not adaln"]
         environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, "-p", "no:cacheprovider", *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    saved = tmp_path / "now.json"
-    run(f"--benchmark-json={saved}", f"--benchmark-histogram={tmp_path / 'now'}")
+    return run
+
+
+def test_pytest_benchmark_writes_compares_and_draws(under_pytest, tmp_path):
+    saved, only = tmp_path / "now.json", ("-k", "gate_residual and fwd and not adaln")
+    under_pytest(*only, f"--benchmark-json={saved}", f"--benchmark-histogram={tmp_path / 'now'}")
     tree = json.loads(saved.read_text())
     rows = {one["extra_info"]["provider"]: one["extra_info"] for one in tree["benchmarks"]}
     assert set(rows) == {"ditfast", "eager"} and all(row["ms"] > 0 for row in rows.values())
     assert {one["group"] for one in tree["benchmarks"]} == {"ops gate_residual fwd fp32 odd: B 5, T 63, D 48"}
     assert tree["machine_info"]["ditfast"]["kind"] == "cpu"
     assert list(tmp_path.glob("now-*.svg"))
-    compared = run(f"--benchmark-compare={saved}")
+    compared = under_pytest(*only, f"--benchmark-compare={saved}")
     assert compared.count("\ntest_contest[gate_residual fwd") == 2 * len(rows), compared
+
+
+@pytest.mark.full
+def test_pytest_benchmark_has_the_percentiles_of_a_larger_job(under_pytest, tmp_path):
+    saved = tmp_path / "now.json"
+    under_pytest("--suite", "sample", "-k", "ddim-5", f"--benchmark-json={saved}")
+    (one,) = json.loads(saved.read_text())["benchmarks"]
+    own = next(row for row in one["extra_info"]["rows"] if row["provider"] == "ditfast")
+    found = [1e3 * one["stats"][key] for key in ("min", "median", "max")]
+    assert found == pytest.approx([own["ms_p20"], own["ms"], own["ms_p80"]])

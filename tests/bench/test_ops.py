@@ -108,6 +108,17 @@ def test_an_op_in_place_finds_its_inputs_as_they_were():
     assert seen[0] == seen[1]
 
 
+def test_the_float64_truth_is_gone_when_all_are_judged():
+    options = Options(DEVICE, SMALL)
+    match = Match(SPECS["attention"], SPECS["attention"].cases[0], "fp32", options)
+    fwd, bwd = match.contests()
+    refused = {provider: fwd.admit(provider) for provider in list(fwd.entrants)[:-1]}
+    assert match._truth is not None and "absent" in refused["cudnn"]
+    fwd.admit(list(fwd.entrants)[-1])
+    assert match._truth is None
+    assert {provider: bwd.admit(provider) for provider in refused} == refused and match._truth is None
+
+
 def test_inputs_are_drawn_when_they_are_needed(monkeypatch):
     monkeypatch.setattr(Match, "inputs", None)
     found = list(contests(Options(torch.device("cpu"), GPU), (SPECS["adaln_modulate"],)))
