@@ -52,8 +52,8 @@ def run(
 
 
 def failures(rows: Iterable[Row]) -> list[Row]:
-    """The rows of ditfast itself that were refused or failed."""
-    return [row for row in rows if row.provider == DITFAST and row.extra.keys() & {"refused", "failed"}]
+    """The rows of ditfast itself, its variants ("ditfast graph") among them, that were refused or failed."""
+    return [row for row in rows if row.provider.split()[0] == DITFAST and row.extra.keys() & {"refused", "failed"}]
 
 
 def table(rows: Sequence[Row]) -> str:

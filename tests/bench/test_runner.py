@@ -73,8 +73,9 @@ def test_failures_are_those_of_ditfast():
         row("c", ms=None, extra={"absent": "no GPU"}),
         row("d", "liger", None, extra={"refused": "wrong"}),
         row("e"),
+        row("f", "ditfast graph", None, extra={"refused": "wrong"}),
     ]
-    assert [found.name for found in runner.failures(rows)] == ["a", "b"]
+    assert [found.name for found in runner.failures(rows)] == ["a", "b", "f"]
 
 
 def test_the_table_prints_ratios():
