@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
-from bench.baselines import Baseline, Recipe, build_reference, plain_losses
+from bench.baselines import Baseline, Recipe, build_reference, fastest_sdpa, plain_losses
 from bench.suites.model import PEERS
 from bench.training import TINY, fill_zeros, random_batch, trainer_for
 from ditfast.build import build_diffusion, build_model
@@ -98,3 +99,8 @@ def test_fp16_gradients_are_unscaled(weights):
 def test_a_model_that_the_reference_does_not_have_is_refused(odd, weights):
     with pytest.raises(ValueError, match="square inputs and adaln_zero blocks, got"):
         build_reference(replace(TINY, **odd), weights)
+
+
+def test_the_fastest_attention_is_one_that_can():
+    found = fastest_sdpa(TINY, 2, torch.float32, CPU, train=True)
+    assert found is SDPBackend.FLASH_ATTENTION, "the only one of the three that a CPU has"

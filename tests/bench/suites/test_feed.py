@@ -1,6 +1,7 @@
 """The suite `feed`: a trainer fed from disk, whose workers end with it."""
 
 import multiprocessing
+import time
 from dataclasses import replace
 
 import pytest
@@ -23,13 +24,15 @@ def one_thread():
 
 def test_rows_of_the_small_suite(monkeypatch):
     read = feed.FeatureFolder.__getitem__
-    monkeypatch.setattr(feed.FeatureFolder, "__getitem__", lambda self, i: (torch.rand(1000).sort(), read(self, i))[1])
+    monkeypatch.setattr(feed.FeatureFolder, "__getitem__", lambda self, i: (time.sleep(0.01), read(self, i))[1])
     rows = {row.provider: row for row in JOB.measure(SETTINGS)}
     assert {name: row.why_not for name, row in rows.items()} == dict.fromkeys((DITFAST, NO_WORKERS, FAST_DIT, RESIDENT))
     for row in rows.values():
         assert row.extra["images_per_s"] == pytest.approx(1e3 * JOB.batch * JOB.steps / row.ms)
         assert 0 <= row.extra["data_wait"] < 1
-    assert rows[RESIDENT].extra["data_wait"] < 0.1 * rows[NO_WORKERS].extra["data_wait"]
+    # Four images of 10 ms each step, which nothing hides where the process reads them itself.
+    assert rows[NO_WORKERS].extra["data_wait"] * rows[NO_WORKERS].ms > 0.9 * 40 * JOB.steps
+    assert rows[RESIDENT].extra["data_wait"] < 0.5 * rows[NO_WORKERS].extra["data_wait"]
     assert multiprocessing.active_children() == []
 
 

@@ -8,8 +8,9 @@ import torch
 from bench import baselines
 from bench.contest import Settings
 from bench.rows import COMPILE, DITFAST, EAGER
-from bench.suites import SMALL, Options
+from bench.suites import SMALL, Options, model
 from bench.suites.model import GRAPH, TrainingJob, contests
+from bench.timing import Timing
 from ditfast.layers import block
 
 CPU = torch.device("cpu")
@@ -69,6 +70,53 @@ def test_a_wrong_peer_is_refused(precision, monkeypatch):
     rows = measured(replace(JOB, precision=precision))
     assert rows[EAGER].ms is None and "refused" in rows[EAGER].extra and "refused" in rows["fast-DiT"].extra
     assert rows[DITFAST].ms
+
+
+class Replays:
+    """In place of a CUDA graph: what was recorded, for the inputs of now, or for those of the recording."""
+
+    stale = False
+
+    def __init__(self, fn, *_, **__):
+        self.fn, self.first = fn, None
+
+    def __call__(self, *batch):
+        self.first = self.first or batch
+        return self.fn(*(self.first if self.stale else batch))
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_replay_that_does_not_read_its_inputs_is_refused(stale, monkeypatch):
+    monkeypatch.setattr(model, "check_cuda_graph", lambda *_: None)
+    monkeypatch.setattr(model, "CudaGraph", Replays)
+    monkeypatch.setattr(Replays, "stale", stale)
+    row = measured(replace(JOB, recompute="ops"))[GRAPH]
+    assert ("a replay has a gradient norm" in (row.why_not or "")) == stale
+    assert stale or (row.ms and row.extra["cuda_graph"])
+
+
+def test_power_is_of_all_images_that_ran_meanwhile(monkeypatch):
+    runs, counted = [], []
+
+    class Readings:
+        absent = None
+
+        def __init__(self, device):
+            pass
+
+        def __enter__(self):
+            runs.clear()
+
+        def __exit__(self, *_):
+            pass
+
+        def figures(self, images):
+            counted.append((images, len(runs)))
+            return {"joules_per_image": 12.0 / images}
+
+    monkeypatch.setattr(model, "Sampler", Readings)
+    figures = model.power_of(lambda: runs.append(1), 8, Timing((100.0,)), 2.0, CPU)
+    assert counted == [(20 * 8, 20)] and figures == {"joules_per_image": 12.0 / 160}
 
 
 @pytest.mark.full
