@@ -84,14 +84,14 @@ def _comparison(name: str, row: dict[str, Any], ceilings: Ceilings, on_gpu: bool
 def print_comparisons(found: list[Comparison], passed_over: list[str]) -> None:
     """A line per row with the errors in percent."""
     console = Console(soft_wrap=True)
-    head = ("row", "machine", "measured, ms", "predicted, ms", "error", "measured, GB", "predicted, GB", "error")
+    head = ("row", "machine", "measured, ms", "predicted, ms", "error", "measured, MB", "predicted, MB", "error")
     table = Table(*head, title="Held against measured rows", title_justify="left")
     for each in found:
-        memory = "not measured" if each.measured_bytes is None else f"{each.measured_bytes / 1e9:.2f}"
+        memory = "not measured" if each.measured_bytes is None else f"{each.measured_bytes / 1e6:,.1f}"
         error = "" if each.memory_error is None else f"{each.memory_error:+.0%}"
         table.add_row(
             each.name, each.machine, f"{each.measured_ms:.1f}", f"{each.predicted_ms:.1f}", f"{each.error:+.0%}",
-            memory, f"{each.predicted_bytes / 1e9:.2f}", error,
+            memory, f"{each.predicted_bytes / 1e6:,.1f}", error,
         )  # fmt: skip
     if found:
         console.print(table)
