@@ -46,16 +46,15 @@ class Section:
 
 def sections(found: Iterable[Results]) -> list[Section]:
     """The results by device; of a row in several files the last counts."""
-    devices: dict[str, Results] = {}
     made: dict[str, Section] = {}
     for results in found:
         name = str(results.machine.get("device"))
         section = made.setdefault(name, Section(name))
         section.machines.append(results.machine)
         section.limits = Ceilings(**results.limits) if results.limits else section.limits
-        merged = devices.setdefault(name, Results(results.machine))
-        merged.add(results.rows)
-        section.rows = merged.rows
+        joined = Results(results.machine, rows=section.rows)
+        joined.add(results.rows)
+        section.rows = joined.rows
     return list(made.values())
 
 

@@ -77,8 +77,8 @@ class Line:
 
     def measure(self, settings: Settings) -> list[Row]:
         """Its rows."""
-        return [replace(row, suite=self.job[0], name=self.job[1], shape=self.job[3])
-                for row in self.measured(self.job, settings)]  # fmt: skip
+        suite, name, _, shape = self.job
+        return [replace(row, suite=suite, name=name, shape=shape) for row in self.measured(self.job, settings)]
 
 
 def contests(options: Options) -> Iterator[Line]:
@@ -92,7 +92,7 @@ def contests(options: Options) -> Iterator[Line]:
     for count in sizes.devices:
         scaled = ScalingJob(sizes.model, sizes.pixels, sizes.batch, sizes.precision, count, device)
         name = f"{STEP} on, {count} devices"
-        yield Line(("mindone", name, dtype, f"{shape} a device"), partial(_scaled, scaled))
+        yield Line(("mindone", name, dtype, f"{shape} a device, recompute ops"), partial(_scaled, scaled))
     yield Line(("mindone", COMPILED, dtype, shape), partial(_compilation, sizes, device, options.scale.compile))
     yield Line(("mindone", LOAD, dtype, sizes.model), partial(_loading, sizes, device))
     sampled = SamplingJob(sizes.sampled, sizes.pixels, 1, 1, "ddpm", 250, sizes.precision, device, compile=False)

@@ -149,6 +149,14 @@ def test_a_faster_op_is_right_of_one_and_a_slower_one_left(drawn):
     assert sorted((bar.get_x(), bar.get_width()) for bar in bars) == [(1, -0.5), (1, 1.0)]
 
 
+@pytest.mark.parametrize("name", ["breakdown", "ratios", "steps", "memory"])
+def test_bars_do_not_cover_each_other(name, rows, drawn):
+    for axes in drawn[name](rows, LIMITS).axes:
+        boxes = [bar.get_bbox().shrunk(0.99, 0.99) for bar in axes.patches if bar.get_width()]
+        assert len(boxes) > 1
+        assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+
+
 def test_memory_stands_beside_its_estimate(rows, drawn):
     lengths = [bar.get_width() for bar in drawn["memory"](rows, LIMITS).axes[0].patches]
     measured = [value for _, value in POLICIES]
