@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditfast.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from ditfast.config import PRECISIONS, DataConfig, ModelConfig, RunConfig, TrainConfig
 from ditfast.distributed import World
+from ditfast.hardware import dtype_name
 from ditfast.layers.dit import SIZES
 from ditfast.train import Trainer
 
@@ -30,6 +31,11 @@ def model_config(name: str, pixels: int = 256) -> ModelConfig:
         patch_size=int(patch), hidden_size=width, depth=depth, num_heads=heads, input_size=(pixels // 8, pixels // 8),
         in_channels=4, num_classes=1000,
     )  # fmt: skip
+
+
+def label(model: str, precision: str) -> tuple[str, str]:
+    """A size's name in rows, marked under a fast precision policy, and the dtype whose GEMM rate limits it."""
+    return model + " fast" * precision.endswith("-fast"), dtype_name(PRECISIONS[precision].compute)
 
 
 def write_features(folder: Path, count: int, model: ModelConfig, seed: int = 0) -> Path:

@@ -21,11 +21,9 @@ from bench.contest import Contest, Settings
 from bench.rows import DITFAST, Job, Row
 from bench.suites import Options
 from bench.timing import Prepared, Timing
-from bench.training import model_config, trainer_for
-from ditfast.config import PRECISIONS
+from bench.training import label, model_config, trainer_for
 from ditfast.data import FeatureFolder, Loader
 from ditfast.distributed import World
-from ditfast.hardware import dtype_name
 from ditfast.train import Trainer
 
 NO_WORKERS, RESIDENT, FAST_DIT = f"{DITFAST} without workers", "resident batch", "fast-DiT"
@@ -50,7 +48,8 @@ class FeedJob:
     def job(self) -> Job:
         """What its rows have in common."""
         shape = f"{self.pixels} px, batch {self.batch}, {self.steps} steps"
-        return "feed", self.model, dtype_name(PRECISIONS[self.precision].compute), shape
+        name, dtype = label(self.model, self.precision)
+        return "feed", name, dtype, shape
 
     def measure(self, settings: Settings) -> list[Row]:
         """The rows."""

@@ -15,10 +15,9 @@ from bench.contest import Settings
 from bench.rows import DITFAST, EAGER, Job, Row
 from bench.storages import Storages
 from bench.suites import Options
-from bench.training import fill_zeros, model_config, random_batch
+from bench.training import fill_zeros, label, model_config, random_batch
 from ditfast.build import build_model, predictor
 from ditfast.config import PRECISIONS, ModelConfig
-from ditfast.hardware import dtype_name
 from ditfast.kernels import backend_of
 from ditfast.layers import activation_bytes
 from ditfast.plan import POLICIES
@@ -42,13 +41,8 @@ class MemoryJob:
     @property
     def job(self) -> Job:
         """What its rows have in common."""
-        policy, fast = PRECISIONS[self.precision], " fast" if self.precision.endswith("-fast") else ""
-        return (
-            "memory",
-            f"{self.model}{fast} recompute={self.recompute}",
-            dtype_name(policy.compute),
-            f"{self.pixels} px",
-        )
+        name, dtype = label(self.model, self.precision)
+        return "memory", f"{name} recompute={self.recompute}", dtype, f"{self.pixels} px"
 
     def measure(self, settings: Settings) -> list[Row]:
         """ditfast's row, and that of the peer that keeps as much by intention."""

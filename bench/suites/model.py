@@ -13,18 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.baselines import Baseline, Recipe
+from bench.baselines import FLOAT64, Baseline, Recipe
 from bench.contest import Contest, Settings
 from bench.exactness import Truth
 from bench.power import Sampler
 from bench.rows import COMPILE, DITFAST, EAGER, Job, Row
 from bench.suites import Options
 from bench.timing import Timing
-from bench.training import model_config, random_batch, trainer_for
-from ditfast.config import PRECISIONS, ConfigError, Precision, TrainConfig
+from bench.training import label, model_config, random_batch, trainer_for
+from ditfast.config import ConfigError, Precision, TrainConfig
 from ditfast.cuda_graph import WARMUP, CudaGraph, check_cuda_graph
 from ditfast.distributed import World
-from ditfast.hardware import dtype_name
 from ditfast.kernels.peers import PeerError
 from ditfast.layers import training_flops
 from ditfast.logs import peak_flops
@@ -36,7 +35,6 @@ PEERS = {
     COMPILE: Recipe(sdpa=True, compiled=True),
     "fast-DiT": Recipe(sdpa=True, checkpointed=True, plain_loop=True),
 }
-FLOAT64 = Precision(*[torch.float64] * 6)
 # The oracle, in pieces and without what attention keeps, so that float64 fits beside the rest: images at a time.
 ORACLE, CHUNK = Recipe(checkpointed=True), 8
 
@@ -56,9 +54,9 @@ class TrainingJob:
     @property
     def job(self) -> Job:
         """What its rows have in common."""
-        policy, fast = PRECISIONS[self.precision], " fast" if self.precision.endswith("-fast") else ""
-        name = f"{self.model}{fast}" + (f" recompute={self.recompute}" if self.recompute else "")
-        return "model", name, dtype_name(policy.compute), f"{self.pixels} px, batch {self.batch}"
+        name, dtype = label(self.model, self.precision)
+        name += f" recompute={self.recompute}" if self.recompute else ""
+        return "model", name, dtype, f"{self.pixels} px, batch {self.batch}"
 
     def measure(self, settings: Settings) -> list[Row]:
         """The rows."""

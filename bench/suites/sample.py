@@ -13,23 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.baselines import Recipe, attention_for, build_reference
+from bench.baselines import FLOAT64, Recipe, attention_for, build_reference
 from bench.contest import Contest, Settings
 from bench.exactness import Truth
 from bench.rows import COMPILE, DITFAST, EAGER, Job, Row
 from bench.suites import Options
 from bench.timing import Timing
-from bench.training import fill_zeros, model_config
+from bench.training import fill_zeros, label, model_config
 from ditfast.build import build_diffusion, build_model
 from ditfast.config import PRECISIONS, Precision, RunConfig, SampleConfig, TrainConfig
 from ditfast.diffusion import SpacedDiffusion
-from ditfast.hardware import dtype_name
 from ditfast.layers import forward_macs
 from ditfast.sample import Network, SampleNoise, cycle_labels, draw
 
 NO_GRAPH = f"{DITFAST} without graph"
 PEERS = {EAGER: Recipe(sdpa=True), COMPILE: Recipe(sdpa=True, compiled=True)}
-FLOAT64 = Precision(*[torch.float64] * 6)
 GUIDANCE = 4.0
 CHECKED_STEPS = 4  # of both samplers' loops, for parity: float64 over 250 would take longer than the timing
 
@@ -51,9 +49,8 @@ class SamplingJob:
     @property
     def job(self) -> Job:
         """What its rows have in common."""
-        policy, fast = PRECISIONS[self.precision], " fast" if self.precision.endswith("-fast") else ""
-        shape = f"{self.pixels} px, batch {self.batch}"
-        return "sample", f"{self.model}{fast} {self.sampler}-{self.steps}", dtype_name(policy.compute), shape
+        name, dtype = label(self.model, self.precision)
+        return "sample", f"{name} {self.sampler}-{self.steps}", dtype, f"{self.pixels} px, batch {self.batch}"
 
     def measure(self, settings: Settings) -> list[Row]:
         """The rows."""

@@ -30,10 +30,8 @@ from bench.machine import ROOT
 from bench.rows import DITFAST, Job, Row
 from bench.suites import Options
 from bench.timing import Timing
-from bench.training import model_config, random_batch, trainer_for
-from ditfast.config import PRECISIONS
+from bench.training import label, model_config, random_batch, trainer_for
 from ditfast.distributed import World
-from ditfast.hardware import dtype_name
 from ditfast.train import Trainer
 
 BUCKET = 25 * 2**20  # bytes that DistributedDataParallel reduces at a time
@@ -56,7 +54,8 @@ class ScalingJob:
     def job(self) -> Job:
         """What its rows have in common."""
         shape = f"{self.pixels} px, batch {self.batch} per rank"
-        return "scale", f"{self.model} ranks {self.ranks}", dtype_name(PRECISIONS[self.precision].compute), shape
+        name, dtype = label(self.model, self.precision)
+        return "scale", f"{name} ranks {self.ranks}", dtype, shape
 
     def measure(self, settings: Settings) -> list[Row]:
         """One row."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from bench.baselines import Baseline, Recipe, build_reference, fastest_sdpa, plain_losses
+from bench.baselines import FLOAT64, Baseline, Recipe, build_reference, fastest_sdpa, plain_losses
 from bench.suites.model import PEERS
 from bench.training import TINY, fill_zeros, random_batch, trainer_for
 from ditfast.build import build_diffusion, build_model
@@ -14,7 +14,6 @@ from ditfast.config import PRECISIONS, DiffusionConfig, OptimConfig, Precision
 from ditfast.distributed import World
 
 CPU, PLAIN = torch.device("cpu"), Recipe()
-FLOAT64 = Precision(*[torch.float64] * 6)
 PROCESS = build_diffusion(DiffusionConfig(), learn_sigma=True)
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, decay="all", eps=1e-3, ema_rates=[0.9])
 
