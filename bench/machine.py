@@ -39,12 +39,8 @@ def machine(device: str | torch.device | None = None) -> dict[str, Any]:
         "cache_bytes": cache_bytes(),
         **found,
         "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "triton": _triton_version(),
-        "python": platform.python_version(),
         "source": source(),
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        **_software(),
     }
 
 
@@ -53,12 +49,18 @@ def same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(one.get(key) == other.get(key) for key in IDENTITY)
 
 
-def machine_line(device: str | torch.device | None = None) -> dict[str, Any]:
-    """The short form that the ledger keeps of every entry: commit, date, GPU or CPU, versions."""
-    found = machine(device)
-    return {key: found[key] for key in ("commit", "date")} | {
-        "gpu": found["device"],
-        **{key: found[key] for key in ("torch", "triton", "python")},
+def machine_line() -> dict[str, Any]:
+    """What the ledger notes of each pass on a GPU: commit, date, GPU, versions."""
+    return {"gpu": torch.cuda.get_device_name(), **_software()}
+
+
+def _software() -> dict[str, Any]:
+    return {
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 
 

@@ -35,8 +35,10 @@ def test_the_source_is_that_of_the_code(tmp_path, monkeypatch):
     assert machine.source.__wrapped__() != first
 
 
-def test_the_ledger_keeps_the_short_form():
-    assert list(machine.machine_line("cpu")) == ["commit", "date", "gpu", "torch", "triton", "python"]
+def test_the_ledger_notes_the_gpu_and_the_software(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a chip")
+    line = machine.machine_line()
+    assert line["gpu"] == "a chip" and line.keys() == {"gpu", "torch", "triton", "python", "commit", "date"}
 
 
 @pytest.fixture

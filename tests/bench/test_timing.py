@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from bench import timing
 from bench.timing import Prepared, Timing, interleaved, peak_bytes
 
 CPU = torch.device("cpu")
@@ -109,3 +110,26 @@ def test_device_time_is_of_the_device():
     x = torch.randn(4096, 4096, device="cuda")
     timings = interleaved({"once": lambda: x @ x, "twice": lambda: (x @ x, x @ x)}, "cuda", rounds=20)
     assert timings["twice"].ms == pytest.approx(2 * timings["once"].ms, rel=0.2)
+
+
+def test_on_a_gpu_the_host_is_hidden_and_what_is_prepared_is_not_timed(monkeypatch):
+    calls = []
+
+    class Timer:
+        def __init__(self, device):
+            assert device == torch.device("cuda")
+
+        def host_seconds(self, run):
+            run()
+            return 0.25
+
+        def __call__(self, run, hide):
+            calls.append("begin")
+            run()
+            assert hide == 0.25
+            return 7.0
+
+    monkeypatch.setattr(timing, "DeviceTimer", Timer)
+    run = Prepared(lambda: calls.append("prepare"), lambda given: calls.append("run"))
+    assert interleaved({"": run}, "cuda", rounds=3)[""].samples == (7.0, 7.0, 7.0)
+    assert calls == 2 * ["prepare", "run"] + 3 * ["prepare", "begin", "run"]

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from ditfast.config import PRECISIONS, DiffusionConfig, OptimConfig
 from ditfast.kernels import OPS, _triton, autotune, check, parity
 from ditfast.kernels.__main__ import main
 from ditfast.kernels._op import Op, _graded
-from ditfast.kernels.tune import MARGIN, asks, fastest, neighbours, resize, tune
+from ditfast.kernels.tune import MARGIN, DeviceTimer, asks, fastest, neighbours, resize, tune
 from ditfast.layers import DiT
 from ditfast.optimizer import AdamWEMA
 
@@ -255,3 +256,39 @@ def test_every_launcher_is_right_under_other_configs_than_the_pinned_ones(spec, 
         for config in others(pinned):
             with autotune.trying(key, config):
                 assert all(verdict.ok for verdict in truth.judge("triton")), (key, config)
+
+
+def test_the_timer_flushes_as_long_as_the_host_takes(monkeypatch):
+    """On a stand-in for CUDA, whose device needs 2 ms for a flush and 5 ms for the run."""
+    device = SimpleNamespace(ms=0.0)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = device.ms
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    class Buffer:
+        def zero_(self):
+            device.ms += 2
+
+    def run():
+        device.ms += 5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: Buffer())
+    timer = DeviceTimer()
+    flushes = []
+    for hide in (0, 1e-3, 9e-3):
+        before = device.ms
+        assert timer(run, hide) == 5
+        flushes.append((device.ms - before - 5) / 2)
+    assert flushes == [1, 1, 5]

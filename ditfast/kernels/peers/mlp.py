@@ -45,9 +45,9 @@ def flash_attn_gelu_mlp(**inputs: Any) -> torch.Tensor:
 
 def diffusers_gelu_mlp(**inputs: Any) -> torch.Tensor:
     """gelu_mlp by diffusers' FeedForward, as its DiT has it."""
+    _refuse_recompute("diffusers", inputs)
     with importing(DIFFUSERS, inputs["h"].device):
         import diffusers  # noqa: F401
-    _refuse_recompute("diffusers", inputs)
     require_one_dtype("diffusers", inputs)
     names = {"net.0.proj.weight": "w1", "net.0.proj.bias": "b1", "net.2.weight": "w2", "net.2.bias": "b2"}
     parameters = {name: inputs[ours] for name, ours in names.items()}

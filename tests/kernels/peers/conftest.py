@@ -164,10 +164,11 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(_base, "_kind", lambda device: "cuda")
     for path, names in MODULES.items():
         add(path, names)
+    installed = importlib.util.find_spec("liger_kernel") is not None
     for path, compute in LIGER.items():
         module, name = path.split(".")
         module = f"liger_kernel.ops.{module}"
-        if importlib.util.find_spec("liger_kernel") is None:
+        if not installed:
             add(module, {name: SimpleNamespace(apply=compute)})
         else:
             real = getattr(importlib.import_module(module), name)
