@@ -207,7 +207,10 @@ def contests(options: Options) -> Iterator[TrainingJob]:
 # four providers' states, and what the graph keeps beside what a step allocates, leave room for these batches.
 JOBS: dict[str, tuple[tuple[str, int, int, tuple[str, ...], tuple[str, ...]], ...]] = {
     "small": (("tiny", 64, 2, ("fp32",), ("block",)),),
-    "cpu": (("DiT-S/2", 256, 8, ("bf16", "fp32"), ("none", "ops", "mlp", "block")),),
+    "cpu": (
+        ("DiT-S/2", 256, 8, ("bf16",), ("none", "ops", "mlp", "block")),
+        ("DiT-S/2", 256, 8, ("fp32",), ()),
+    ),
     "gpu": (
         ("DiT-XL/2", 256, 256, ("bf16", "bf16-fast", "fp16"), ("ops", "mlp", "block")),
         ("DiT-XL/2", 256, 64, ("bf16", "fp32"), ("none",)),

@@ -1,0 +1,22 @@
+"""The jobs of every scale: each once, of sizes that there are, in fields that a report sorts by."""
+
+import importlib
+
+import pytest
+import torch
+
+from bench.suites import CPU, GPU, SMALL, SUITES, Options
+from bench.training import model_config
+
+
+@pytest.mark.parametrize("scale", [SMALL, CPU, GPU], ids=lambda scale: scale.name)
+@pytest.mark.parametrize("suite", ["model", "feed", "sample", "memory", "scale"])
+def test_jobs_are_there_once(suite, scale):
+    device = torch.device("cuda" if scale is GPU else "cpu")
+    jobs = list(importlib.import_module(SUITES[suite]).contests(Options(device, scale)))
+    found = [job.job for job in jobs]
+    assert len(set(found)) == len(found) > 0
+    for job, (named, name, dtype, shape) in zip(jobs, found, strict=True):
+        assert named == suite and dtype in ("bf16", "fp16", "fp32") and f"{job.pixels} px" in shape
+        assert name.startswith(job.model) and (" fast" in name) == job.precision.endswith("-fast")
+        assert model_config(job.model, job.pixels).input_size[0] * 8 == job.pixels
