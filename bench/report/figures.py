@@ -24,7 +24,7 @@ from ditfast.hardware import Ceilings
 
 MARKS, PASSES = {"fwd": "o", "bwd": "^"}, {"fwd": "forward", "bwd": "backward"}
 PASS_COLOURS = {"fwd": BLUE, "bwd": SKY}
-TICKS = [0.1, 0.125, 0.25, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64]
+COARSE, FINE = [2.0**k for k in range(-6, 7)], [0.25, 0.35, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8]  # ticks of ratios
 POINTS = {"textcoords": "offset points"}
 
 
@@ -134,7 +134,8 @@ def _roof(axes: Any, rows: Sequence[tuple[str, Row]], limits: Ceilings) -> None:
     names = list(dict.fromkeys(name for name, _ in rows))
     for (x, y), (name, row) in sorted(zip(points, rows, strict=True), key=lambda p: p[0]):
         _point(axes, row, x, y)
-        axes.annotate(str(names.index(name) + 1), (x, y), xytext=(6, -3), size=8, **POINTS)
+        number = names.index(name)
+        axes.annotate(str(number + 1), (x, y), xytext=(-12 if number % 2 else 6, -3), size=8, **POINTS)
     key = "\n".join(f"{i}  {name}" for i, name in enumerate(names, 1))
     axes.text(0.98, 0.03, key, transform=axes.transAxes, ha="right", va="bottom", ma="left", size=9,
               bbox={"facecolor": "white", "edgecolor": "#cccccc", "alpha": 0.9})  # fmt: skip
@@ -168,10 +169,10 @@ def ratios(rows: Sequence[Row], limits: Ceilings | None = None) -> bytes | None:
             axes.set_ylim(len(names) - 0.4, -0.6)
             axes.grid(alpha=0.25, axis="x")
             axes.set(title=dtype, xlabel="speed over torch.compile (right of 1: faster)")
-        values = [row.ratio_to_compile or 1 for row in rows]
+        values = [value for row in rows for value in _spread(row)]
         low, high = 0.85 * min([1, *values]), 1.6 * max([1, *values])
-        ticks = [t for t in TICKS if low < t < high]
-        panels[0, 0].set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
+        ticks = [t for t in (COARSE if high > 12 * low else FINE) if low < t < high]
+        panels[0, 0].set_xticks(ticks, [f"{t:.3g}" for t in ticks], minor=False)
         panels[0, 0].set_xticks([], minor=True)
         panels[0, 0].set_xlim(low, high)
         for kind, colour in PASS_COLOURS.items():
@@ -181,16 +182,20 @@ def ratios(rows: Sequence[Row], limits: Ceilings | None = None) -> bytes | None:
         return png(figure)
 
 
+def _spread(row: Row) -> tuple[float, float]:
+    """The ratio to torch.compile by a row's own p80 and p20."""
+    ratio, ms = row.ratio_to_compile or 1.0, row.ms or 1.0
+    return ratio * ms / (row.ms_p80 or ms), ratio * ms / (row.ms_p20 or ms)
+
+
 def _ratio(axes: Any, row: Row, y: float) -> None:
     ratio, kind = row.ratio_to_compile or 1.0, row.extra["pass"]
     y += {"fwd": -0.2, "bwd": 0.2}[kind]
     if row.provider == EAGER:
         axes.plot(ratio, y, "D", color=GREY, ms=5, mec="white", zorder=3)
         return
-    ms = row.ms or 1.0
-    low, high = ratio * ms / (row.ms_p80 or ms), ratio * ms / (row.ms_p20 or ms)
     axes.barh(y, ratio - 1, left=1, height=0.38, color=PASS_COLOURS[kind])
-    axes.plot([low, high], [y, y], color=INK, lw=1)
+    axes.plot(_spread(row), [y, y], color=INK, lw=1)
     axes.annotate(f"{ratio:.2f}", (1, y), xycoords=("axes fraction", "data"), xytext=(-2, 0), va="center", ha="right",
                   size=8, **POINTS)  # fmt: skip
 
@@ -209,12 +214,11 @@ def steps(rows: Sequence[Row], limits: Ceilings | None = None) -> bytes | None:
         for mine in jobs.values():
             ticks.append(y + (len(mine) - 1) / 2)
             for row in mine:
-                ratio, ms = row.ratio_to_compile or 1.0, row.ms or 1.0
+                ratio, (low, high) = row.ratio_to_compile or 1.0, _spread(row)
                 colour = PROVIDER_COLOURS.get(row.provider, SKY)
                 label = None if row.provider in seen else row.provider
                 axes.barh(y, ratio, height=0.86, color=colour, label=label)
                 seen.add(row.provider)
-                low, high = ratio * ms / (row.ms_p80 or ms), ratio * ms / (row.ms_p20 or ms)
                 axes.plot([low, high], [y, y], color=INK, lw=1)
                 axes.annotate(f"{ratio:.2f}", (high, y), xytext=(4, 0), va="center", size=8, **POINTS)
                 y += 1

@@ -141,6 +141,14 @@ def test_the_roof_stands_at_the_measured_rates(rows, drawn):
     assert pytest.approx(5.0) in [line.get_xdata()[0] for line in traffic.lines if len(line.get_xdata()) == 1]
 
 
+@pytest.mark.parametrize("slowest", [0.05, 0.3, 0.9])
+def test_ratios_far_apart_have_ticks_apart(slowest, drawn):
+    rows = [row if i else replace(row, ratio_to_compile=slowest) for i, row in enumerate(op_rows())]
+    axes = drawn["ratios"](rows, LIMITS).axes[0]
+    boxes = [tick.get_window_extent() for tick in axes.get_xticklabels()]
+    assert len(boxes) > 2 and not [p for p in itertools.pairwise(boxes) if p[0].overlaps(p[1])]
+
+
 def test_a_faster_op_is_right_of_one_and_a_slower_one_left(drawn):
     row = op_rows()[0]
     extra = [row.extra | {"op": name} for name in ("fast", "slow")]
