@@ -10,16 +10,16 @@ from ditfast.plan.memory import POLICIES, policy_memory, state, trainable
 from ditfast.plan.step import Factor, Share, StepTime, rates, step_time
 
 FACTORS = {
-    "link": Factor(0.80, "NCCL's bus bandwidth over NVLink's datasheet (published nccl-tests)"),
-    "network": Factor(0.85, "NCCL's bus bandwidth between nodes over the adapter's (published nccl-tests)"),
+    "link": Factor(0.80, "NCCL's bus bandwidth over NVLink's datasheet (estimate)"),
+    "network": Factor(0.85, "NCCL's bus bandwidth between nodes over the adapter's (estimate)"),
     "hidden": Factor(
         0.90, "of the gradients' and weights' communication, if the work beside it lasts: the last bucket"
     ),
     "same": Factor(0.02, "a simpler layout is kept unless another is faster by more than this"),
-    "latency": Factor(20e-6, "seconds of a collective of tensor or sequence parallelism (nccl-tests, small messages)"),
+    "latency": Factor(20e-6, "seconds of a collective of tensor or sequence parallelism (estimate)"),
     "reserve": Factor(1.5e9, "bytes of the CUDA context, and of cuBLAS' and NCCL's workspaces (estimate)"),
     "sequence": Factor(
-        4096, "tokens of an image from which sequence parallelism is worth its communication (published)"
+        4096, "tokens of an image from which sequence parallelism is worth its communication (estimate)"
     ),
 }
 

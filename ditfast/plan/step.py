@@ -23,12 +23,12 @@ class Factor:
     reason: str
 
 
-# Until bench/ has measured these on a GPU they come from published and single measurements, each named.
+# Until bench/ has measured these on a GPU they are single measurements, targets or estimates, as each says.
 FACTORS = {
     "gemm by datasheet": Factor(0.80, "8192^3 in bf16 on an H200: 790 of 989 TFLOP/s, measured"),
     "copy by datasheet": Factor(0.90, "copy on an H200: 4.3 of 4.8 TB/s, measured"),
     "gemm": Factor(0.87, "DiT's shapes over 8192^3: K and N of a few thousand, weight gradients (estimate)"),
-    "attention": Factor(0.60, "of the GEMM rate on long sequences: FA2 on A100, cuDNN on Hopper (published)"),
+    "attention": Factor(0.60, "of the GEMM rate on long sequences: as FA2 on A100 and cuDNN on Hopper (estimate)"),
     "attention tokens": Factor(
         138, "tokens that reach half of it: 230 TFLOP/s at 256 and head_dim 72 on an H200 (target)"
     ),
