@@ -1,5 +1,6 @@
 """Trainers to measure: a run's own `Trainer` on random features of the right shape, and batches for its step."""
 
+import gc
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -68,6 +69,7 @@ def trainer_for(
     None of its weights is zero, as the gates are in a new model: zeros draw less power, and hide errors behind them.
     `options` are those of TrainConfig.
     """
+    gc.collect()  # A Trainer refers to itself: the one before would keep its memory beside this one's.
     with tempfile.TemporaryDirectory(prefix="ditfast-bench-") as folder:
         config = RunConfig(
             out=str(Path(folder) / "run"),

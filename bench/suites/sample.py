@@ -5,6 +5,7 @@ command's. The peers are the reference model, eager and under torch.compile, in 
 doubled batch, moments op by op.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -81,6 +82,7 @@ class Samplers:
     """Who samples, by provider, all from the same weights."""
 
     def __init__(self, job: SamplingJob):
+        gc.collect()  # As these do, those before refer to themselves, and would keep their models beside these.
         self.job, self.device, self.precision = job, job.device, PRECISIONS[job.precision]
         self.config = RunConfig(
             model=model_config(job.model, job.pixels),

@@ -1,5 +1,7 @@
 """Trainers to measure: their weights are not zero and stay, and nothing is left on disk."""
 
+import gc
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 
@@ -55,3 +57,16 @@ def test_a_batch_is_what_learn_takes():
     assert int(y.min()) >= 0 and int(y.max()) < 10 and int(t.max()) < 1000
     assert torch.equal(weights, torch.ones(40)) and 0 < int(drop.sum()) < 20
     assert torch.equal(x, random_batch(TINY, 40, CPU)[0]) and not torch.equal(x, random_batch(TINY, 40, CPU, 1)[0])
+
+
+def test_a_trainer_is_gone_when_the_next_is_made():
+    gc.disable()
+    try:
+        with trainer_for(TINY, 2, "fp32", ALONE) as first:
+            weight = weakref.ref(first.optimizer.masters["blocks.0.mlp.fc1.weight"])
+        del first
+        assert weight() is not None, "it refers to itself"
+        with trainer_for(TINY, 2, "fp32", ALONE):
+            assert weight() is None
+    finally:
+        gc.enable()
