@@ -150,7 +150,7 @@ class SampleConfig:
     clip_denoised: bool = False
     batch_size: int = 64
     ema: float | None = None  # which EMA rate's weights; null takes the first, 0 the raw weights
-    cuda_graph: bool = False  # replays the network on a GPU without Python
+    cuda_graph: bool = False  # replays the sampler's steps on a GPU without Python
     modulation_ahead: bool = True  # computes the adaptive norms' modulation of all steps before the loop
 
 
