@@ -30,7 +30,7 @@ from ditfast.layers import DiT
 from ditfast.layers.embed import check_labels
 from ditfast.logs import log
 from ditfast.modulation import ByTimestep, ModulationTable
-from ditfast.optimizer import ema_group
+from ditfast.optimizer import choose_rate, ema_group
 from ditfast.reproducibility import generator_for
 
 
@@ -137,7 +137,9 @@ def load_network(
     """
     config = weights.config
     policy = PRECISIONS[checked_precision(precision or config.train.precision)]
-    group = _group(weights, ema)
+    kept = [rate for rate in config.optim.ema_rates if ema_group(rate) in weights.groups]
+    rate = choose_rate(ema, kept, weights.origin)
+    group = ema_group(rate) if rate else "model"
     log.info("%s weights of %s", group, weights.origin)
     model = build_model(config.model)
     own = model.state_dict()
@@ -147,15 +149,6 @@ def load_network(
         log.info("%s: %s", weights.origin, note)
     model.load_state_dict(state)
     return Network(policy.apply(model.to(device)).eval().requires_grad_(False), policy, device)
-
-
-def _group(weights: Weights, ema: float | None) -> str:
-    kept = [rate for rate in weights.config.optim.ema_rates if ema_group(rate) in weights.groups]
-    rate = next(iter(kept), 0.0) if ema is None else ema
-    if rate and rate not in kept:
-        rates = ", ".join(map(str, kept)) or "none"
-        raise ConfigError(f"ema {rate}: {weights.origin} keeps EMAs of rates {rates}, and 0 for the raw weights")
-    return ema_group(rate) if rate else "model"
 
 
 class SampleNoise:
