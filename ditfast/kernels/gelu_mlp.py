@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ._activations import gelu, gelu_and_slope
-from ._checks import check_dims, check_floating, check_not_empty
+from ._checks import check_dims, check_flag, check_floating, check_not_empty
 from ._gemm import (
     gemm,
     halves,
@@ -306,6 +306,7 @@ def gelu_mlp(
     tensors = {"h": h, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
     check_not_empty(_OP.name, check_dims(_OP.name, DIMS, tensors), "D", "F")
     check_floating(_OP.name, tensors)
+    check_flag(_OP.name, "recompute", recompute)
     # Without gradients nothing is kept, and pre need not be written.
     compute, recompute = linear_dtype(h, w1, b1, w2, b2), recompute or not torch.is_grad_enabled()
     return _OP(backend, tuple(tensors.values()), (compute, recompute))

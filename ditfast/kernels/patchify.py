@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from ._checks import check_dims, check_floating
+from ._checks import check_dims, check_floating, check_out_dtype
 from ._gemm import linear_dtype
 from ._op import Kernels, Op
 from ._rows import rows_per_program
@@ -224,6 +224,8 @@ def patchify(
     tensors = {"x": x, "weight": weight, "bias": bias, "pos_embed": pos_embed}
     sizes = check_dims(_OP.name, DIMS, tensors)
     check_floating(_OP.name, tensors)
+    if compute_dtype is not None:
+        check_out_dtype(_OP.name, compute_dtype, "compute_dtype")
     H, W, p = sizes["H"], sizes["W"], sizes["p"]
     if H % p or W % p:
         raise ValueError(f"{_OP.name}: x is {H} x {W}, expected multiples of the patch size {p}; pad or crop it")

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ._activations import silu_and_slope
-from ._checks import check_dims, check_floating, check_not_empty
+from ._checks import check_dims, check_flag, check_floating, check_not_empty
 from ._gemm import (
     gemm,
     halves,
@@ -359,6 +359,7 @@ def swiglu_mlp(
     tensors = dict(zip(DIMS, (h, w1, w3, w2, b1, b3, b2), strict=True))
     check_not_empty(_OP.name, check_dims(_OP.name, DIMS, tensors, _OP.optional), "D", "F")
     check_floating(_OP.name, tensors)
+    check_flag(_OP.name, "recompute", recompute)
     given = [tensor for tensor in (w1, w3, w2, b1, b3, b2) if tensor is not None]
     # Without gradients nothing is kept, and gate and up need not be written.
     compute, recompute = linear_dtype(h, *given), recompute or not torch.is_grad_enabled()
