@@ -151,11 +151,15 @@ BACKWARD = [
     ("dy", "aten::mm", 1, False),
     *NORM_BACKWARD,
 ]
-# Behind a gate a recomputed norm writes its x again, the second one a kept x, since one kernel has both results.
+# The first norm's x is computed again as well, since one kernel makes both; the second's is kept, and y made from it.
+Y_AGAIN = ("y", "adaln_modulate_fwd", 1, False)
 WRITTEN = {
     "none": (FORWARD, BACKWARD),
-    "ops": (FORWARD, [*NORM, *NORM, *BACKWARD]),
-    "mlp": ([row for row in FORWARD if row is not PRE], [*NORM, *NORM, BACKWARD[0], PRE_AGAIN, *BACKWARD[1:]]),
+    "ops": (FORWARD, [Y_AGAIN, *BACKWARD[:7], *NORM, *BACKWARD[7:]]),
+    "mlp": (
+        [row for row in FORWARD if row is not PRE],
+        [Y_AGAIN, BACKWARD[0], PRE_AGAIN, *BACKWARD[1:7], *NORM, *BACKWARD[7:]],
+    ),
     "block": (
         [*FORWARD, ("x", "gate_residual_fwd", 1, True)],
         [*FORWARD, ("x", "gate_residual_fwd", 1, True), ("dbranch", "gate_residual_bwd", 1, False), *BACKWARD],

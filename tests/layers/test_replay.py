@@ -73,3 +73,27 @@ def test_a_second_derivative_is_refused():
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+def test_what_is_made_again_at_less_cost():
+    """From the result that is kept; fn itself runs once, and nothing that was dropped is held."""
+    x, w, calls = torch.randn(3, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True), []
+
+    def both(x):
+        calls.append("both")
+        kept = x * 2
+        return kept, kept + 1
+
+    def redo(kept, _):
+        return lambda kept: [calls.append("one"), kept + 1][1], kept
+
+    with (replays := Replays()):
+        kept, y = replays.call(both, x, drop=(1,), redo=redo)
+        out, storage = (y @ w).sum() + (y @ w.T).sum() + kept.sum(), StorageWeakRef(y.untyped_storage())
+        del y
+    assert storage.expired() and calls == ["both"]
+    ours = torch.autograd.grad(out, (x, w))
+    assert calls == ["both", "one", "one"]  # for each product
+    y = 2 * x + 1
+    theirs = torch.autograd.grad((y @ w).sum() + (y @ w.T).sum() + (2 * x).sum(), (x, w))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
