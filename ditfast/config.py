@@ -5,7 +5,8 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import torch
 import yaml
 
 from ditfast.files import replacing
+from ditfast.kernels.tf32 import tf32_products
 from ditfast.layers.dit import SIZES
 from ditfast.layers.recompute import RECOMPUTE_POLICIES, policy_of_block
 
@@ -27,12 +29,13 @@ class ConfigError(ValueError):
 class Precision:
     """The one place that says which dtype what is held and computed in.
 
-    `official` policies (fp32, bf16, fp16) reproduce autocast: fp32 weights and residual stream, norm and modulate in
-    fp32, matrix products and attention in the compute dtype. `fast` policies keep the weights that the model reads, the
-    stream and the gradients in the compute dtype, with fp32 statistics inside the norms and fp32 master weights,
+    `official` policies (fp32, tf32, bf16, fp16) reproduce autocast: fp32 weights and residual stream, norm and modulate
+    in fp32, matrix products and attention in the compute dtype. `fast` policies keep the weights that the model reads,
+    the stream and the gradients in the compute dtype, with fp32 statistics inside the norms and fp32 master weights,
     moments and EMA in the optimizer.
 
-    Attributes: dtype of parameters, residual stream, compute (GEMMs, attention), gradients, optimizer state, EMA.
+    Attributes: dtype of parameters, residual stream, compute (GEMMs, attention), gradients, optimizer state, EMA; and
+    whether float32 products are in TF32, as the official training allows them to be on a GPU.
     """
 
     params: torch.dtype = torch.float32
@@ -41,17 +44,24 @@ class Precision:
     grads: torch.dtype = torch.float32
     optimizer: torch.dtype = torch.float32
     ema: torch.dtype = torch.float32
+    tf32: bool = False
 
     @property
     def scales_loss(self) -> bool:
         """fp16 gradients underflow without a loss scale."""
         return self.compute is torch.float16
 
-    def autocast(self, device: torch.device | str) -> torch.autocast:
-        """The autocast context of a forward; disabled where the parameters already have the compute dtype."""
+    @contextmanager
+    def autocast(self, device: torch.device | str) -> Iterator[None]:
+        """The context of a forward; autocast is off in it where the parameters already have the compute dtype."""
         enabled = self.compute is not self.params
         kind = torch.device(device).type
-        return torch.autocast(kind, dtype=self.compute if enabled else None, enabled=enabled)
+        with torch.autocast(kind, dtype=self.compute if enabled else None, enabled=enabled), self.products():
+            yield
+
+    def products(self) -> AbstractContextManager[None]:
+        """The context of a backward, which autocast is not for: float32 products in TF32, or as PyTorch is set."""
+        return tf32_products() if self.tf32 else nullcontext()
 
     def apply(self, model: Any) -> Any:
         """Casts a DiT's parameters and sets the dtype of its residual stream; returns the model."""
@@ -65,6 +75,7 @@ def _fast(dtype: torch.dtype) -> Precision:
 
 PRECISIONS = {
     "fp32": Precision(),
+    "tf32": Precision(tf32=True),
     "bf16": Precision(compute=torch.bfloat16),
     "fp16": Precision(compute=torch.float16),
     "bf16-fast": _fast(torch.bfloat16),
@@ -150,7 +161,7 @@ class SampleConfig:
     clip_denoised: bool = False
     batch_size: int = 64
     ema: float | None = None  # which EMA rate's weights; null takes the first, 0 the raw weights
-    cuda_graph: bool = False  # replays the network on a GPU without Python
+    cuda_graph: bool = False  # replays the sampler's steps on a GPU without Python
     modulation_ahead: bool = True  # computes the adaptive norms' modulation of all steps before the loop
 
 

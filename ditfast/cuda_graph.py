@@ -5,7 +5,8 @@ must therefore be a tensor that the function is given, or one that lives elsewhe
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from torch.utils._pytree import tree_map
 
 from ditfast import kernels
 from ditfast.config import ConfigError
+from ditfast.diffusion.samplers import Step
+from ditfast.diffusion.types import Model, TensorFn
 from ditfast.layers.plain import has_hooks
 
 WARMUP = 3  # calls before the recording, in which libraries allocate, kernels compile and the allocator settles
@@ -27,8 +30,8 @@ def check_cuda_graph(
         raise ConfigError(f"{option} needs a CUDA device, and this run is on {device}; leave it off")
     if world_size > 1:
         raise ConfigError(
-            f"{option} runs on one process, and this run has {world_size}: the reduction of gradients between them is "
-            "not part of the graph; leave it off, or start one process"
+            f"{option} runs on one process, and this run has {world_size}: that a graph holds the reduction of "
+            "gradients between them has not been shown on GPUs yet; leave it off, or start one process"
         )
     if compiled:
         from torch._inductor import config as inductor
@@ -55,7 +58,9 @@ class _Recorded(NamedTuple):
 
 
 class CudaGraph:
-    """`fn(*tensors) -> tensors in dicts, lists or tuples` as CUDA graphs: one for each set of shapes and dtypes.
+    """`fn(*tensors, **form) -> tensors in dicts, lists or tuples` as CUDA graphs.
+
+    One for each set of shapes and dtypes, and for each `form`: what `fn` is told by hashable values.
 
     Each graph has buffers of its own for the inputs, what is returned is a copy, and all share one pool of memory. The
     first WARMUP calls of a shape run as they are, on another stream, as a capture requires; the next is recorded, and
@@ -72,8 +77,8 @@ class CudaGraph:
         self._calls = Counter[Any]()
         self._recorded: dict[Any, _Recorded] = {}
 
-    def __call__(self, *inputs: Tensor) -> Any:
-        key = tuple((t.shape, t.dtype) for t in inputs)
+    def __call__(self, *inputs: Tensor, **form: Hashable) -> Any:
+        key = (*((t.shape, t.dtype) for t in inputs), *form.items())
         if key not in self._recorded:
             self._calls[key] += 1
             if len(self._calls) > self.max_shapes:
@@ -83,29 +88,62 @@ class CudaGraph:
                     "can be kept; keep to one batch size, or leave the option off"
                 )
             if self._calls[key] <= WARMUP:
-                return self._run_aside(inputs)
-            self._recorded[key] = self._record(inputs)
+                return self._run_aside(inputs, form)
+            self._recorded[key] = self._record(inputs, form)
         recorded = self._recorded[key]
         for buffer, value in zip(recorded.inputs, inputs, strict=True):
             buffer.copy_(value)
         recorded.graph.replay()
         return tree_map(torch.clone, recorded.outputs)
 
-    def _run_aside(self, inputs: Iterable[Tensor]) -> Any:
+    def _run_aside(self, inputs: Iterable[Tensor], form: Mapping[str, Hashable]) -> Any:
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            outputs = self.fn(*inputs)
+            outputs = self.fn(*inputs, **form)
         current.wait_stream(self.stream)
         return outputs
 
-    def _record(self, inputs: Iterable[Tensor]) -> _Recorded:
+    def _record(self, inputs: Iterable[Tensor], form: Mapping[str, Hashable]) -> _Recorded:
         graph, buffers = torch.cuda.CUDAGraph(), [t.clone() for t in inputs]
         # The loader's thread that pins memory goes on meanwhile: what it asks of CUDA must not spoil the recording.
         options: dict[str, Any] = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         try:
             with kernels.captured_tables() as tables, torch.cuda.graph(graph, **options):
-                outputs = self.fn(*buffers)
+                outputs = self.fn(*buffers, **form)
         except RuntimeError as error:
             raise ConfigError(f"{self.option}: the recording failed: {error}; leave the option off") from error
         return _Recorded(graph, buffers, outputs, tables)
+
+
+class StepGraph:
+    """Steps of sampling loops as CUDA graphs, each the networks, their guidance, the update and the write of x.
+
+    A `run_step` of the loops in `diffusion/samplers.py`, given y (B,) and noise_fn beside; all loops must be of one
+    sampler and one model. Noise is drawn before the replay. The x that a step returns is the memory that the next one
+    reads and writes: copy what shall last.
+    """
+
+    def __init__(self, option: str, device: torch.device):
+        self._graph = CudaGraph(self._advance, option, device)
+        self._x: dict[torch.Size, Tensor] = {}
+        self._steps: dict[Hashable, Callable[..., Step]] = {}
+
+    def __call__(
+        self, step: Callable[..., Step], model: Model, x: Tensor, t: Tensor, *, y: Tensor, noise_fn: TensorFn
+    ) -> Step:
+        if x.shape not in self._x:
+            self._x[x.shape] = torch.empty_like(x)
+        own = self._x[x.shape]
+        if x is not own:  # a loop begins
+            own.copy_(x)
+        # With an interval a guidance has a callable of its own for every step: of two kinds, guided or not.
+        form: Any = getattr(model, "__func__", type(model))
+        self._steps[form] = partial(step, model)
+        return {"sample": own, "pred_xstart": self._graph(t, y, noise_fn(own), form=form)}
+
+    def _advance(self, t: Tensor, y: Tensor, noise: Tensor, form: Hashable) -> Tensor:
+        x = self._x[noise.shape]
+        out = self._steps[form](x, t, noise_fn=lambda _: noise, model_kwargs={"y": y})
+        x.copy_(out["sample"])
+        return out["pred_xstart"]

@@ -19,51 +19,71 @@ TABLE_BYTES = 128 * 2**20
 class ModulationTable:
     """Modulation of samples by their labels, at one step after the other, from a table of as many steps as fit.
 
+    What a call reads stays in its place over all steps and loops, as a CUDA graph needs it.
+
     Args:
         modulations: original timesteps (R,) and labels (R,) -> modulation (R, W), as `DiT.modulations`.
-        timesteps: those that `go_to` will be told, best in the order of the loop.
-        classes: (K,) the different labels that occur, on the CPU.
+        num_labels: labels are 0 .. num_labels - 1.
+        most: so many different ones, at most, occur in a loop.
         device: where to compute.
-        row_bytes: of one row of W; K of them a step are held, of as many steps as fit in `limit` bytes, at least one.
+        row_bytes: of one row of W; one for each label of a step is held, of as many steps as fit in `limit` bytes, at
+            least one.
     """
 
     def __init__(
         self,
         modulations: Callable[[Tensor, Tensor], Tensor],
-        timesteps: Sequence[int],
-        classes: Tensor,
+        num_labels: int,
+        most: int,
         device: torch.device,
         row_bytes: int,
         limit: int = TABLE_BYTES,
     ):
-        self.modulations, self.timesteps, self.classes = modulations, list(timesteps), classes
-        self.chunk = max(1, limit // (row_bytes * len(classes)))
-        self._step = {t: i for i, t in enumerate(timesteps)}
-        self._timesteps, self._classes = torch.tensor(timesteps, device=device), classes.to(device)
-        row = classes.new_full((int(classes.max()) + 1,), -1)  # which other labels fail at
-        row[classes] = torch.arange(len(classes))
-        self._row = row.to(device)
-        self._first: int | None = None
-        self._table = self._now = torch.empty(0)
+        self.modulations, self.most, self.device = modulations, most, device
+        self.row_bytes, self.limit = row_bytes, limit
+        self.timesteps: list[int] = []
+        self.classes = torch.empty(0, dtype=torch.int64)
+        self._row = torch.empty(num_labels, dtype=torch.int64, device=device)
+        self._now: Tensor | None = None
 
-    def serves(self, timesteps: Sequence[int], classes: Tensor) -> bool:
-        """Whether it was made for these."""
-        return self.timesteps == list(timesteps) and torch.equal(self.classes, classes)
+    def begin(self, timesteps: Sequence[int], classes: Tensor) -> None:
+        """A loop over original timesteps, best in its order, in which the different labels (K,), on the CPU, occur.
+
+        What was computed for the same timesteps and labels stays. ValueError for more labels than `most`.
+        """
+        if self.timesteps == list(timesteps) and torch.equal(self.classes, classes):
+            return
+        if len(classes) > self.most:
+            raise ValueError(f"{len(classes)} different labels in a loop, but modulation was to be for {self.most}")
+        self.timesteps, self.classes = list(timesteps), classes
+        self.chunk = max(1, self.limit // (self.row_bytes * len(classes)))
+        self._step = {t: i for i, t in enumerate(timesteps)}
+        self._timesteps, self._classes = torch.tensor(timesteps, device=self.device), classes.to(self.device)
+        row = classes.new_full(self._row.shape, -1)  # which other labels fail at
+        row[classes] = torch.arange(len(classes))
+        self._row.copy_(row)
+        self._first: int | None = None
+        self._table = torch.empty(0)
 
     def go_to(self, t: int) -> None:
         """Chooses the rows of original timestep t."""
         step = self._step[t]
         first = step - step % self.chunk
         if first != self._first:
-            self._table = self._now = torch.empty(0)  # before the next is made: two would be over the limit
+            self._table = torch.empty(0)  # before the next is made: two would be over the limit
             steps, classes = self._timesteps[first : first + self.chunk], self._classes
             with torch.no_grad():
                 rows = self.modulations(steps.repeat_interleave(len(classes)), classes.repeat(len(steps)))
             self._table, self._first = rows.view(len(steps), len(classes), -1), first
-        self._now = self._table[step - first]
+        rows = self._table[step - first]
+        if self._now is None:
+            self._now = rows.new_empty(self.most, rows.shape[1])
+        self._now[: len(rows)] = rows
 
     def __call__(self, y: Tensor) -> Tensor:
         """Modulation (B, W) of labels y (B,)."""
+        if self._now is None:
+            raise ValueError("modulation was asked for before a step was: begin a loop and go to its step first")
         return self._now.index_select(0, self._row[y])
 
 

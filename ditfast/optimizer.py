@@ -1,13 +1,13 @@
 """AdamW with fp32 masters, the exponential moving averages, and the low-precision weights that the model reads."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ditfast import kernels
-from ditfast.config import OptimConfig, Precision
+from ditfast.config import ConfigError, OptimConfig, Precision
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -119,16 +119,12 @@ class AdamWEMA:
             torch._foreach_copy_([p for p, _ in stale], [s for _, s in stale])
 
     def ema_rate(self, asked: float | None) -> float:
-        """The rate of an EMA: the first for None, 0 for the raw weights. ValueError for one that is not kept."""
-        rate = next(iter(self.emas), 0.0) if asked is None else asked
-        if rate and rate not in self.emas:
-            kept = ", ".join(map(str, self.emas)) or "none"
-            raise ValueError(f"no EMA of rate {rate}; this run keeps {kept}, and 0 stands for the raw weights")
-        return rate
+        """`choose_rate` among this optimizer's."""
+        return choose_rate(asked, self.emas, "this run")
 
     @contextmanager
     def ema_weights(self, rate: float | None) -> Iterator[None]:
-        """Puts an EMA's weights (see `ema_rate`) into the model for the block's duration."""
+        """Puts an EMA's weights (see `choose_rate`) into the model for the block's duration."""
         rate = self.ema_rate(rate)
         if rate == 0:
             yield
@@ -181,6 +177,16 @@ class AdamWEMA:
                 raise ValueError(f"optimizer/{key}: the checkpoint has {shapes}")
             target.copy_(value)
         self._refresh(self.masters)
+
+
+def choose_rate(asked: float | None, kept: Iterable[float], keeper: str) -> float:
+    """The rate of an EMA: the first kept for None, 0 for the raw weights. ConfigError for one that is not kept."""
+    kept = list(kept)
+    rate = next(iter(kept), 0.0) if asked is None else asked
+    if rate and rate not in kept:
+        rates = ", ".join(map(str, kept)) or "none"
+        raise ConfigError(f"ema {rate}: {keeper} keeps EMAs of rates {rates}, and 0 for the raw weights")
+    return rate
 
 
 def ema_group(rate: float) -> str:

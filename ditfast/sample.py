@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ from ditfast.config import (
     config_from,
     load_config,
 )
-from ditfast.cuda_graph import CudaGraph, check_cuda_graph
+from ditfast.cuda_graph import StepGraph, check_cuda_graph
 from ditfast.diffusion import ClassifierFreeGuidance, SpacedDiffusion, TwoNetworkGuidance
 from ditfast.images import save_grid, save_npz, to_uint8
 from ditfast.layers import DiT
 from ditfast.layers.embed import check_labels
 from ditfast.logs import log
 from ditfast.modulation import ByTimestep, ModulationTable
-from ditfast.optimizer import ema_group
+from ditfast.optimizer import choose_rate, ema_group
 from ditfast.reproducibility import generator_for
 
 
@@ -50,10 +51,10 @@ class Network:
 
 
 class LoopNetwork(Network):
-    """A network for the steps of one loop after the other: modulation ahead, a CUDA graph, as the options say.
+    """A network for the steps of one loop after the other, with modulation ahead where the options say so.
 
     Of each loop it must be told the timesteps and the labels before, and of each step the timestep. ConfigError where
-    a CUDA graph is asked for and cannot be.
+    a CUDA graph is asked for and cannot hold it.
     """
 
     def __init__(self, network: Network, options: SampleConfig):
@@ -61,19 +62,21 @@ class LoopNetwork(Network):
         obstacle = network.model.modulation_obstacle() if options.modulation_ahead else None
         if obstacle is not None:
             log.info("modulation is computed in every step: %s", obstacle)
-        self.ahead = options.modulation_ahead and obstacle is None
         self._table: ModulationTable | None = None
-        self._run = predictor(self.model.forward_modulated if self.ahead else self.model, self.precision, self.device)
+        forward: Callable[..., Tensor] = self.model
+        if options.modulation_ahead and obstacle is None:
+            forward, labels = self.model.forward_modulated, self.num_classes + 1
+            row_bytes = self.model.modulation_width * self.precision.compute.itemsize
+            most = min(options.batch_size + 1, labels)
+            self._table = ModulationTable(self._modulations, labels, most, self.device, row_bytes)
+        self._run = predictor(forward, self.precision, self.device)
         if options.cuda_graph:
             check_cuda_graph("sample.cuda_graph", self.device, self.model)
-            self._run = CudaGraph(self._run, "sample.cuda_graph", self.device)
 
     def begin(self, timesteps: Sequence[int], labels: Tensor) -> None:
         """A loop over original timesteps, in which only these labels (N,), on the CPU, occur."""
-        classes = labels.unique()
-        if self.ahead and (self._table is None or not self._table.serves(timesteps, classes)):
-            row_bytes = self.model.modulation_width * self.precision.compute.itemsize
-            self._table = ModulationTable(self._modulations, timesteps, classes, self.device, row_bytes)
+        if self._table is not None:
+            self._table.begin(timesteps, labels.unique())
 
     def go_to(self, t: int) -> None:
         """The next step is at original timestep t."""
@@ -134,7 +137,9 @@ def load_network(
     """
     config = weights.config
     policy = PRECISIONS[checked_precision(precision or config.train.precision)]
-    group = _group(weights, ema)
+    kept = [rate for rate in config.optim.ema_rates if ema_group(rate) in weights.groups]
+    rate = choose_rate(ema, kept, weights.origin)
+    group = ema_group(rate) if rate else "model"
     log.info("%s weights of %s", group, weights.origin)
     model = build_model(config.model)
     own = model.state_dict()
@@ -144,15 +149,6 @@ def load_network(
         log.info("%s: %s", weights.origin, note)
     model.load_state_dict(state)
     return Network(policy.apply(model.to(device)).eval().requires_grad_(False), policy, device)
-
-
-def _group(weights: Weights, ema: float | None) -> str:
-    kept = [rate for rate in weights.config.optim.ema_rates if ema_group(rate) in weights.groups]
-    rate = next(iter(kept), 0.0) if ema is None else ema
-    if rate and rate not in kept:
-        rates = ", ".join(map(str, kept)) or "none"
-        raise ConfigError(f"ema {rate}: {weights.origin} keeps EMAs of rates {rates}, and 0 for the raw weights")
-    return ema_group(rate) if rate else "model"
 
 
 class SampleNoise:
@@ -189,8 +185,9 @@ def draw(
     diffusion, guided = prepare(main, config, other)
     nulls = [main.num_classes] if other is None and options.guidance_scale != 1 else []
     by_step: Any = ByTimestep(guided, [n.go_to for n in (main, other) if n is not None])
+    graph = StepGraph("sample.cuda_graph", network.device) if options.cuda_graph else None
     shape = (model.in_channels, *model.x_embedder.img_size)
-    drawn = []
+    drawn = torch.empty(len(labels), *shape)
     for start in range(0, len(labels), options.batch_size):
         y = labels[start : start + options.batch_size]
         main.begin(diffusion.timestep_map, torch.cat([y, y.new_tensor(nulls)]))
@@ -209,9 +206,11 @@ def draw(
             arguments["eta"] = options.eta
             if options.eta == 0:
                 arguments["noise_fn"] = torch.zeros_like
-        drawn.append(loop(by_step, (len(y), *shape), noise(), **arguments).float().cpu())
+        if graph is not None:
+            arguments["run_step"] = partial(graph, y=y, noise_fn=arguments["noise_fn"])
+        drawn[start : start + len(y)] = loop(by_step, (len(y), *shape), noise(), **arguments)
         on_batch(start + len(y))
-    return torch.cat(drawn)
+    return drawn
 
 
 def prepare(

@@ -206,7 +206,9 @@ class Trainer:
         """Adds a chunk's gradients; returns its losses (B,) by name."""
         drops = {"force_drop_ids": drop} if self.config.model.class_dropout_prob > 0 else {}
         terms = self.diffusion.training_losses(self.predict, x, t, {"y": y, **drops}, noise=noise)
-        self.scaler.scale((terms["loss"] * weights).mean() / self.config.train.accumulate).backward()
+        loss = self.scaler.scale((terms["loss"] * weights).mean() / self.config.train.accumulate)
+        with self.config.precision.products():
+            loss.backward()
         return {name: value.detach() for name, value in terms.items()}
 
     def _update(self) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,7 @@ def test_precision_policies(name, tiny):
     from ditfast.layers import DiT
 
     policy = PRECISIONS[name]
-    low = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name.removesuffix("-fast")]
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name.removesuffix("-fast"), torch.float32)
     fast = name.endswith("-fast")
     model = policy.apply(DiT(**tiny))
     assert next(model.parameters()).dtype is (low if fast else torch.float32)
@@ -124,7 +124,8 @@ def test_precision_policies(name, tiny):
     with policy.autocast("cpu"):
         assert torch.is_autocast_enabled("cpu") == (name in ("bf16", "fp16"))
         product = torch.nn.functional.linear(*(torch.ones(2, 2, dtype=policy.params) for _ in range(2)))
-    assert product.dtype is low
+        assert torch.backends.cuda.matmul.allow_tf32 == (name == "tf32")
+    assert product.dtype is low and not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_defaults_are_the_published_recipe():

@@ -7,6 +7,8 @@ that programs stumble over: a recording computes nothing, and replays use its me
 import contextlib
 import dataclasses
 import math
+from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ditfast.config import PRECISIONS, ConfigError, RunConfig, SampleConfig
-from ditfast.cuda_graph import WARMUP, CudaGraph, check_cuda_graph
+from ditfast.cuda_graph import WARMUP, CudaGraph, StepGraph, check_cuda_graph
+from ditfast.diffusion import ClassifierFreeGuidance, create_diffusion, samplers
 from ditfast.distributed import World
 from ditfast.layers import DiT
 from ditfast.sample import Network, cycle_labels, draw
@@ -187,6 +190,12 @@ class TestCudaGraph:
         graph = CudaGraph(lambda x: x * 0 + next(count), "option", DEVICE)
         assert [int(graph(torch.ones(1))) for _ in range(6)] == [0, 1, 2, 3, 3, 3]
 
+    def test_each_form_has_its_graph(self):
+        graph, x = CudaGraph(lambda x, form: x + form, "option", DEVICE), torch.ones(2, device=DEVICE)
+        for _ in range(WARMUP + 2):
+            assert [int(graph(x, form=form)[0]) for form in (1, 2)] == [2, 3]
+        assert len(graph._recorded) == 2
+
     @pytest.mark.skipif(GPU, reason="of the stand-in")
     def test_streams_wait_for_each_other(self):
         graph = CudaGraph(lambda x: x + 1, "option", DEVICE)
@@ -325,23 +334,60 @@ def config(**options):
 
 
 class TestSampling:
+    """Seven steps and more are three that warm up, one recorded, and replays."""
+
     @pytest.mark.parametrize("ahead", [True, False])
     @pytest.mark.parametrize("options, graphs", [
         ({}, 1),
+        ({"eta": 0.7}, 1),
         ({"sampler": "ddpm", "guidance_scale": 1.0}, 1),
-        ({"steps": 12, "guidance_interval": (0.3, 0.7)}, 2),
-        ({"batch_size": 2}, 2),
+        ({"sampler": "ddpm", "steps": 16, "guidance_interval": (0.3, 0.7)}, 2),
+        ({"eta": 1.0, "steps": 10, "guidance_interval": (0.0, 0.5), "clip_denoised": True}, 2),
+        ({"batch_size": 2, "guidance_channels": None}, 2),
     ], ids=str)  # fmt: skip
     def test_samples_are_the_same_to_the_bit(self, options, graphs, ahead, allowed):
-        labels, options = cycle_labels(3, None, 5), options | {"modulation_ahead": ahead}
+        """The last batch is the smaller one, and batches have labels of their own."""
+        labels, options = torch.tensor([0, 3, 3, 3, 4, 1, 2]), options | {"modulation_ahead": ahead}
         plain, replayed = (draw(network(), config(**options, cuda_graph=on), labels) for on in (False, True))
         assert torch.equal(plain, replayed)
         if not GPU:
             assert len(StandIn.made) == graphs and all(graph.replays > 1 for graph in StandIn.made)
 
-    def test_two_networks(self, allowed):
+    @pytest.mark.parametrize("options", [{}, {"steps": 10, "guidance_interval": (0.5, 1.0)}], ids=str)
+    def test_two_networks(self, options, allowed):
         labels = cycle_labels(3, None, 5)
         plain, replayed = (
-            draw(network(0), config(cuda_graph=on), labels, unconditional=network(1)) for on in (False, True)
+            draw(network(0), config(**options, cuda_graph=on), labels, unconditional=network(1)) for on in (False, True)
         )
         assert torch.equal(plain, replayed)
+
+    def test_a_graph_holds_the_whole_step(self, allowed, monkeypatch):
+        """No network, guidance or update of a replayed step passes through Python."""
+        calls = Counter()
+
+        def counted(module, name):
+            real = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *args, **kwargs: calls.update([name]) or real(*args, **kwargs))
+
+        counted(samplers, "guided_step")
+        counted(ClassifierFreeGuidance, "_both")
+        counted(DiT, "forward_modulated")
+        draw(network(), config(cuda_graph=True, steps=25), torch.tensor([1, 2]))
+        assert calls == dict.fromkeys(("guided_step", "_both", "forward_modulated"), WARMUP + 1)
+
+    def test_steps_of_a_progressive_loop(self):
+        """Each is that of the plain loop, x_0 too, until the next one is asked for."""
+        process = create_diffusion("ddim10", learn_sigma=False)
+        x, y = torch.randn(2, 3, 4, device=DEVICE), torch.tensor([1, 2], device=DEVICE)
+
+        def model(x, t, y):
+            return x.sin() * (1 + y.view(-1, 1, 1)) + t.view(-1, 1, 1) / 1000
+
+        run_step = partial(StepGraph("option", DEVICE), y=y, noise_fn=torch.zeros_like)
+        loops = (
+            process.ddim_sample_loop_progressive(model, x.shape, x, model_kwargs={"y": y}, **options)
+            for options in ({}, {"run_step": run_step})
+        )
+        for plain, replayed in zip(*loops, strict=True):
+            assert torch.equal(plain["sample"], replayed["sample"])
+            assert torch.equal(plain["pred_xstart"], replayed["pred_xstart"])

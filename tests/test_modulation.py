@@ -97,7 +97,9 @@ def table(limit, asked, timesteps=(0, 10, 20, 30, 40), classes=(2, 5)):
         asked.append(len(t))
         return (t + y / 100).double()[:, None]
 
-    return ModulationTable(modulations, timesteps, torch.tensor(classes), CPU, row_bytes=8, limit=limit)
+    made = ModulationTable(modulations, num_labels=7, most=2, device=CPU, row_bytes=8, limit=limit)
+    made.begin(timesteps, torch.tensor(classes))
+    return made
 
 
 @pytest.mark.parametrize("limit, asked", [(10**6, [10]), (8 * 5, [2, 4, 4]), (1, [2] * 5)])
@@ -116,6 +118,26 @@ def test_a_label_that_was_not_announced_fails(label):
     made.go_to(0)
     with pytest.raises(IndexError):
         made(torch.tensor([label]))
+
+
+def test_what_calls_read_stays_in_place():
+    """A CUDA graph reads it there."""
+    made = table(8 * 5, [])
+    made.go_to(40)
+    now, row = made._now, made._row
+    made.go_to(0)
+    made.begin([0, 7], torch.tensor([3]))
+    made.go_to(7)
+    assert made._now is now and made._row is row
+    torch.testing.assert_close(made(torch.tensor([3]))[:, 0], torch.tensor([7.03]).double())
+
+
+def test_more_labels_than_announced_and_calls_before_the_first_step():
+    made = table(8, [])
+    with pytest.raises(ValueError, match="3 different labels in a loop, but modulation was to be for 2"):
+        made.begin([0], torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match="begin a loop and go to its step first"):
+        made(torch.tensor([2]))
 
 
 def test_batches_of_the_same_classes_share_a_table(monkeypatch):

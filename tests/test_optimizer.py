@@ -220,7 +220,7 @@ def test_which_average_is_meant(asked, rates, taken):
 @pytest.mark.parametrize("rates, kept", [([0.5], "0.5"), ([], "none")])
 def test_an_average_that_is_not_kept(rates, kept):
     with (
-        pytest.raises(ValueError, match=rf"no EMA of rate 0.7; this run keeps {kept}"),
+        pytest.raises(ValueError, match=rf"ema 0.7: this run keeps EMAs of rates {kept}"),
         made(ema_rates=rates)[1].ema_weights(0.7),
     ):
         pass

@@ -383,7 +383,7 @@ class TestSampleGrids:
     @pytest.mark.parametrize("options, message", [
         ({"model.class_dropout_prob": 0.0}, "guidance_scale 4.0 needs a null class"),
         ({"sample.steps": 150}, "ddim150"),
-        ({"sample.ema": 0.5}, "no EMA of rate 0.5; this run keeps 0.9"),
+        ({"sample.ema": 0.5}, "ema 0.5: this run keeps EMAs of rates 0.9"),
     ])  # fmt: skip
     def test_what_cannot_be_drawn_is_refused_at_the_start(self, options, message, trainer):
         with pytest.raises(ValueError, match=message):

@@ -2,7 +2,7 @@
 
 `GaussianDiffusion` carries them as methods. A model that has `at_timestep(t: int)` is asked by the loops, once a step,
 for the callable to run at original timestep t: it can then decide on the host what a GPU tensor could not tell without
-a wait (see `guidance.py`).
+a wait (see `guidance.py`). `run_step` stands between a loop and its steps: it may hold them in a CUDA graph.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +26,15 @@ class Step(TypedDict):
 
     sample: Tensor
     pred_xstart: Tensor
+
+
+StepRunner = Callable[[Callable[..., Step], Model, Tensor, Tensor], Step]
+"""`run_step(step, model, x, t)` does what `step(model, x, t)` does; it may override other options by name."""
+
+
+def run_step_directly(step: Callable[..., Step], model: Model, x: Tensor, t: Tensor) -> Step:
+    """The `StepRunner` that adds nothing."""
+    return step(model, x, t)
 
 
 class StepOptions(TypedDict, total=False):
@@ -114,18 +123,12 @@ def p_sample_loop_progressive(
     *,
     device: torch.device | str | None = None,
     progress: bool = False,
+    run_step: StepRunner = run_step_directly,
     **options: Unpack[SamplerOptions],
 ) -> Iterator[Step]:
     """The steps of `p_sample_loop`, one by one, from t = T - 1 to 0."""
-    return _loop(
-        process,
-        partial(p_sample, process, clip_denoised=clip_denoised, **options),
-        model,
-        shape,
-        noise,
-        device,
-        progress,
-    )
+    step = partial(p_sample, process, clip_denoised=clip_denoised, **options)
+    return _loop(process, step, model, shape, noise, device, progress, run_step)
 
 
 def ddim_sample_loop_progressive(
@@ -137,12 +140,13 @@ def ddim_sample_loop_progressive(
     *,
     device: torch.device | str | None = None,
     progress: bool = False,
+    run_step: StepRunner = run_step_directly,
     eta: float = 0.0,
     **options: Unpack[SamplerOptions],
 ) -> Iterator[Step]:
     """The steps of `ddim_sample_loop`, one by one, from t = T - 1 to 0."""
     step = partial(ddim_sample, process, clip_denoised=clip_denoised, eta=eta, **options)
-    return _loop(process, step, model, shape, noise, device, progress)
+    return _loop(process, step, model, shape, noise, device, progress, run_step)
 
 
 def p_sample_loop(
@@ -154,6 +158,7 @@ def p_sample_loop(
     *,
     device: torch.device | str | None = None,
     progress: bool = False,
+    run_step: StepRunner = run_step_directly,
     **options: Unpack[SamplerOptions],
 ) -> Tensor:
     """Samples (B, C, ...) by the ancestral chain.
@@ -165,10 +170,12 @@ def p_sample_loop(
         clip_denoised: clamp the predicted x_0 to [-1, 1], after `denoised_fn`.
         device: where to draw it; by default the model's, for a bare function torch's default device.
         progress: show a bar.
+        run_step: how to run a step; see `StepRunner`.
         options: see `SamplerOptions`.
     """
     args = (process, model, shape, noise, clip_denoised)
-    return _last(p_sample_loop_progressive(*args, device=device, progress=progress, **options))
+    loop = p_sample_loop_progressive(*args, device=device, progress=progress, run_step=run_step, **options)
+    return _last(loop)
 
 
 def ddim_sample_loop(
@@ -180,22 +187,25 @@ def ddim_sample_loop(
     *,
     device: torch.device | str | None = None,
     progress: bool = False,
+    run_step: StepRunner = run_step_directly,
     eta: float = 0.0,
     **options: Unpack[SamplerOptions],
 ) -> Tensor:
     """Samples (B, C, ...) by DDIM; arguments as in `p_sample_loop`, `eta` as in `ddim_sample`."""
     args = (process, model, shape, noise, clip_denoised)
-    return _last(ddim_sample_loop_progressive(*args, device=device, progress=progress, eta=eta, **options))
+    loop = ddim_sample_loop_progressive(*args, device=device, progress=progress, run_step=run_step, eta=eta, **options)
+    return _last(loop)
 
 
 def _loop(
     process: "GaussianDiffusion",
-    step: Callable[[Model, Tensor, Tensor], Step],
+    step: Callable[..., Step],
     model: Model,
     shape: Sequence[int],
     noise: Tensor | None,
     device: torch.device | str | None,
     progress: bool,
+    run_step: StepRunner,
 ) -> Iterator[Step]:
     if noise is None:
         noise = torch.randn(*shape, device=_device_of(model) if device is None else device)
@@ -205,7 +215,7 @@ def _loop(
     for i in _track(range(process.num_timesteps - 1, -1, -1), progress):
         network = at_timestep(model, process.timestep_map[i])
         with torch.no_grad():
-            out = step(network, x, torch.full((len(x),), i, device=x.device))
+            out = run_step(step, network, x, torch.full((len(x),), i, device=x.device))
         yield out
         x = out["sample"]
 

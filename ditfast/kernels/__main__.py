@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import torch
 
 from . import OPS, OpSpec, autotune, check, traffic
 from .readme import op_table
+from .tf32 import tf32_products
 from .tune import tune
 
+DTYPES = ("bfloat16", "float16", "float32")
 WITH_KERNELS = [spec.name for spec in OPS if "triton" in spec.op.backends]
 
 
@@ -39,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "tune":
             return _tune(specs, options)
         tool: Any = {"check": check, "traffic": traffic}[options.command]
-        rows: list[Any] = list(check.check(specs, options.arch) if tool is check else traffic.traffic(specs))
+        rows: list[Any] = list(_check(specs, options) if tool is check else traffic.traffic(specs))
         print(tool.table(rows))
         if options.json:
             options.json.write_text(json.dumps(tool.as_json(rows), indent=1) + "\n")
@@ -47,6 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     return 0 if all(row.ok for row in rows) else 1
+
+
+def _check(specs: Sequence[OpSpec], options: argparse.Namespace) -> list[check.Row]:
+    tf32 = options.dtype == "tf32"
+    with tf32_products() if tf32 else nullcontext():
+        return list(check.check(specs, options.arch, torch.float32 if tf32 else getattr(torch, options.dtype)))
 
 
 def _probe(path: Path) -> None:
@@ -64,12 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     compiled = commands.add_parser("check", help="registers, spills, shared memory, wide loads, tensor cores")
     compiled.add_argument("--arch", nargs="+", default=["sm_80", "sm_90", "sm_100"], choices=check.SHARED_LIMITS)
+    compiled.add_argument("--dtype", choices=(*DTYPES, "tf32"), default="bfloat16", help="of the inputs: %(default)s")
     counted = commands.add_parser("traffic", help="bytes requested and unique bytes over the minimum")
     for command in (compiled, counted):
         command.add_argument("--json", type=Path, metavar="FILE", help="write one object per row here as well")
     tuned = commands.add_parser("tune", help="measure configs on this GPU; what is in the file already is left")
     tuned.add_argument("--sizes", nargs="+", type=_size, default=[], metavar="B=64", help="in place of the benches'")
-    tuned.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    tuned.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     tuned.add_argument("--cache", type=Path, default=autotune.CACHE, metavar="FILE", help="%(default)s")
     tuned.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after this long")
     for command in (compiled, counted, tuned):

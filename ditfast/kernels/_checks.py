@@ -1,7 +1,7 @@
 """Argument checks shared by the ops: every message names what was given, what was expected and what to do."""
 
 from collections.abc import Collection, Mapping
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 
@@ -66,16 +66,28 @@ def check_floating(op: str, tensors: Mapping[str, torch.Tensor | None]) -> None:
             )
 
 
-def check_out_dtype(op: str, out_dtype: torch.dtype) -> None:
+def check_out_dtype(op: str, out_dtype: torch.dtype, name: str = "out_dtype") -> None:
     """ValueError where this is no floating-point dtype."""
     if not isinstance(out_dtype, torch.dtype) or not out_dtype.is_floating_point:
-        raise ValueError(f"{op}: out_dtype is {out_dtype!r}, expected a floating-point torch.dtype")
+        raise ValueError(f"{op}: {name} is {out_dtype!r}, expected a floating-point torch.dtype")
 
 
 def check_number(op: str, name: str, value: float) -> None:
     """ValueError where this is no real number."""
     if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt, Real)):
         raise ValueError(f"{op}: {name} is {value!r}, expected a number")
+
+
+def check_whole(op: str, name: str, value: int, least: int) -> None:
+    """ValueError where this is no whole number, or below `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)) or value < least:
+        raise ValueError(f"{op}: {name} is {value!r}, expected a whole number of at least {least}")
+
+
+def check_flag(op: str, name: str, value: bool) -> None:
+    """ValueError where this is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{op}: {name} is {value!r}, expected True or False")
 
 
 def check_contiguous(op: str, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -4,7 +4,8 @@ C = A B, A (M, K) and B (K, N) with any strides, so that every transpose of a li
 One program per multiprocessor goes through its tiles of C in an order that keeps both operands in the L2. A tile is one
 program's, which sums over K in order: equal bits in every run, on any grid. From sm_90 on operands come by TMA where it
 can address them, and the loads of a tile start under the epilogue of the one before.
-Products of bfloat16 and float16 run on the tensor cores, those of fp32 are IEEE and never TF32; all are summed in fp32.
+Products of bfloat16 and float16 run on the tensor cores, those of fp32 are IEEE unless PyTorch's setting asks for TF32
+(`dot_precision`); all are summed in fp32.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 
 from ._triton import capability, descriptor, jit, launch, tl
 from .autotune import pick
+from .tf32 import dot_precision
 
 
 class Tiles(NamedTuple):
@@ -52,14 +54,17 @@ WIDE_GAIN = 1.1
 def tiles_for(M: int, N: int, *operands: torch.Tensor, further: int = 0, kernel: str = "gemm") -> Tiles:
     """The tiles of an (M, N) product, pinned or measured; the kernel's epilogue holds `further` beside the sums."""
     pinned = _pinned(M, N, operands, further)
-    return Tiles(*pick(kernel, pinned, *operands, further, *map(_is_turned, operands)))
+    tf32 = ["tf32"] if dot_precision(operands[0].dtype) == "tf32" else []
+    return Tiles(*pick(kernel, pinned, *operands, further, *map(_is_turned, operands), *tf32))
 
 
 def _pinned(M: int, N: int, operands: Sequence[torch.Tensor], further: int) -> Tiles:
     if min(M, N) <= 64:
         return SMALL
     if operands[0].dtype == torch.float32:
-        return EXACT
+        if dot_precision(torch.float32) == "ieee":
+            return EXACT
+        return PLAIN_NARROW if further or len(operands) > 2 else PLAIN
     if not _by_tma(operands):
         return PLAIN_NARROW if further else PLAIN
     if further > 1:
@@ -102,13 +107,14 @@ def multiply(
     TMA: tl.constexpr,
     A_TURNED: tl.constexpr,
     B_TURNED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """acc + A B for the rows of A from m0 and the columns of B from n0; a and b are descriptors or pointers."""
     if TMA:
         for k0 in range(0, K, BLOCK_K):
             a_tile = a.load([k0, m0]).T if A_TURNED else a.load([m0, k0])
             b_tile = b.load([n0, k0]).T if B_TURNED else b.load([k0, n0])
-            acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee")
+            acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
     else:
         m, n, k = m0 + tl.arange(0, acc.shape[0]), n0 + tl.arange(0, acc.shape[1]), tl.arange(0, BLOCK_K)
         a += m.to(tl.int64)[:, None] * stride_am + k.to(tl.int64)[None, :] * stride_ak
@@ -117,7 +123,7 @@ def multiply(
             inside = k < K - k0
             a_tile = tl.load(a, mask=(m < M)[:, None] & inside[None, :], other=0.0)
             b_tile = tl.load(b, mask=inside[:, None] & (n < N)[None, :], other=0.0)
-            acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee")
+            acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
             a += tl.cast(stride_ak, tl.int64) * BLOCK_K
             b += tl.cast(stride_bk, tl.int64) * BLOCK_K
     return acc
@@ -157,18 +163,20 @@ def _gemm_kernel(
     TMA: tl.constexpr,
     A_TURNED: tl.constexpr,
     B_TURNED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=TMA):
         m0, n0 = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         acc = multiply(
-            acc, a, b, m0, n0, M, N, K, stride_am, stride_ak, stride_bk, stride_bn, BLOCK_K, TMA, A_TURNED, B_TURNED
+            *(acc, a, b, m0, n0, M, N, K, stride_am, stride_ak, stride_bk, stride_bn),
+            *(BLOCK_K, TMA, A_TURNED, B_TURNED, PRECISION),
         )
         if a2 is not None:
             acc = multiply(
                 *(acc, a2, b2, m0, n0, M, N, K, stride_a2m, stride_a2k, stride_b2k, stride_b2n),
-                *(BLOCK_K, TMA, A_TURNED, B_TURNED),
+                *(BLOCK_K, TMA, A_TURNED, B_TURNED, PRECISION),
             )
         m, n = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
         if bias_ptr is not None:
@@ -215,6 +223,7 @@ def operands(tiles: Tiles, *pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[l
         **{"BLOCK_M": tiles.m, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "GROUP": tiles.group},
         # Strides say it all where there is no TMA: one binary fewer.
         **{"TMA": tma, "A_TURNED": tma and turned[0], "B_TURNED": tma and turned[1]},
+        "PRECISION": dot_precision(matrices[0].dtype),
         **{"num_stages": tiles.stages, "num_warps": tiles.warps},
     }
 

@@ -3,7 +3,8 @@
 The interpreter (3.6 to 3.9) stores bfloat16 as uint16 and then forgets it: arithmetic, reductions and `tl.dot` work on
 the bit patterns, and casts from float32 truncate. Here casts round to nearest even, dots go through float32 (exact: a
 product of two bfloat16 fits), and native bfloat16 arithmetic raises, since on the chip it would round where we mean
-not to. A loop bound held in a tensor becomes an integer in 3.6 as well, whose way of doing so NumPy 2.4 refuses.
+not to. Dots in TF32, exact otherwise, cut float32 operands to its ten bits of mantissa.
+A loop bound held in a tensor becomes an integer in 3.6 as well, whose way of doing so NumPy 2.4 refuses.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,6 +39,13 @@ def _narrow(handle: TensorHandle) -> TensorHandle:
     return TensorHandle(data.astype(np.uint16), tl.bfloat16)
 
 
+def _cut(handle: TensorHandle) -> TensorHandle:
+    """float32 without the bits that TF32 lacks."""
+    if handle.dtype.scalar != tl.float32:
+        return handle
+    return TensorHandle((handle.data.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32), tl.float32)
+
+
 def _cast(self: InterpreterBuilder, src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
     src = _widen(src)
     return _narrow(src) if dst_type.scalar == tl.bfloat16 else InterpreterBuilder.cast_impl(self, src, dst_type)
@@ -51,8 +59,12 @@ def _fp_to_fp(self: InterpreterBuilder, src: TensorHandle, dst_type: tl.dtype, r
     return InterpreterBuilder.create_fp_to_fp(self, src, dst_type, rounding)
 
 
-def _dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
-    return InterpreterBuilder.create_dot(self, _widen(a), _widen(b), *rest)
+def _dot(
+    self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, precision: Any, *rest: Any
+) -> TensorHandle:
+    if precision == interpreter._ir.INPUT_PRECISION.TF32:
+        a, b = _cut(a), _cut(b)
+    return InterpreterBuilder.create_dot(self, _widen(a), _widen(b), d, precision, *rest)
 
 
 def _refuse_bf16(operands: Any) -> None:

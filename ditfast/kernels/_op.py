@@ -48,6 +48,7 @@ class Kernels:
     unread_without  {"branch": "gate"}: where gate is None the backward reads but the shape and dtype of branch, and
                     gets an expanded scalar, so that branch is not kept
     constants       inputs without a gradient; where autograd wants it, the kernels cannot run
+    skips           inputs whose gradient the backward leaves out where autograd does not want it: the grad is then None
     empty(*inputs, *attrs)                            the results, not yet written
     fwd(results, *inputs, *attrs)                     writes them
     bwd(grads, *douts, *inputs, *reads, *saved, *attrs)  writes grads, contiguous tensors like the inputs; without those
@@ -66,6 +67,7 @@ class Kernels:
     through: Mapping[str, str] = field(default_factory=dict)
     unread_without: Mapping[str, str] = field(default_factory=dict)
     constants: tuple[str, ...] = ()
+    skips: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
 
 
@@ -210,6 +212,7 @@ def _register(name: str, kernels: Kernels) -> Callable[..., Any]:
     Without a backward: <name>_fwd alone.
     """
     n_out, kept, backward = len(kernels.outputs), _kept(kernels), kernels.bwd
+    graded = [input for input in kept if input not in kernels.constants]
 
     def fwd(*args: Any) -> tuple[torch.Tensor, ...]:
         results = kernels.empty(*args)
@@ -222,17 +225,21 @@ def _register(name: str, kernels: Kernels) -> Callable[..., Any]:
     def bwd(*args: Any) -> tuple[torch.Tensor, ...]:
         grads = bwd_empty(*args)
         assert backward is not None
-        backward(grads, *args)
+        if not kernels.skips:
+            backward(grads, *args)
+            return grads
+        backward(tuple(grad if want else None for grad, want in zip(grads, args[-1], strict=True)), *args[:-1])
         return grads
 
     def bwd_empty(*args: Any) -> tuple[torch.Tensor, ...]:
-        # A raw op cannot return None, so an absent input has an empty gradient.
+        # A raw op cannot return None, so the gradient of an absent input, or one not wanted, is empty.
+        likes = [like for input, like in zip(kept, args[n_out:], strict=False) if input not in kernels.constants]
+        wanted = args[-1] if kernels.skips else [True] * len(likes)
         return tuple(
-            torch.empty(0, device=args[0].device)
-            if like is None
-            else torch.empty(like.shape, dtype=like.dtype, device=like.device)
-            for input, like in zip(kept, args[n_out:], strict=False)
-            if input not in kernels.constants
+            torch.empty(like.shape, dtype=like.dtype, device=like.device)
+            if want and like is not None
+            else torch.empty(0, device=args[0].device)
+            for like, want in zip(likes, wanted, strict=True)
         )
 
     def bwd_fake(*args: Any) -> tuple[torch.Tensor, ...]:
@@ -246,8 +253,9 @@ def _register(name: str, kernels: Kernels) -> Callable[..., Any]:
         *(" ".join(declaration) for declaration in kept.values()),
         *(f"Tensor {name}" for name in (*kernels.reads, *kernels.saved)),
         kernels.attrs,
+        "bool[] wanted" if kernels.skips else "",
     )
-    raw_bwd = _define(f"{name}_bwd", arguments, len(kept.keys() - set(kernels.constants)), bwd, bwd_fake)
+    raw_bwd = _define(f"{name}_bwd", arguments, len(graded), bwd, bwd_fake)
     return _differentiable(name, kernels, raw_fwd, raw_bwd)
 
 
@@ -289,10 +297,12 @@ def _differentiable(
         @once_differentiable
         def backward(ctx: Any, *douts: torch.Tensor) -> Any:
             saved = ctx.saved_tensors
-            raw = _tuple(raw_bwd(*douts, *saved, *ctx.attrs))
             graded = [(input, like) for input, like in zip(kept, saved, strict=False) if input not in constants]
-            given = zip(graded, raw, strict=True)
-            grads = {input: None if like is None else grad for (input, like), grad in given}
+            needed = dict(zip(inputs, ctx.needs_input_grad, strict=False))
+            wanted = [input not in kernels.skips or needed[input] for input, _ in graded]
+            raw = _tuple(raw_bwd(*douts, *saved, *ctx.attrs, *([wanted] if kernels.skips else [])))
+            given = zip(graded, wanted, raw, strict=True)
+            grads = {input: grad if want and like is not None else None for (input, like), want, grad in given}
             grads |= {input: douts[outputs.index(output)] for input, output in kernels.through.items()}
             return *(grads.get(input) for input in inputs), *(None for _ in ctx.attrs)
 

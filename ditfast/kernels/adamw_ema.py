@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ._capture import look_up, upload
-from ._checks import check_dims, check_floating
+from ._checks import check_dims, check_floating, check_number
 from ._op import InPlace, Op
 from ._triton import jit, launch, tl
 from .autotune import pick
@@ -294,6 +294,13 @@ def adamw_ema(
     ):
         if count != expected:
             raise ValueError(f"{_OP.name}: {name} has {count} elements, expected {expected}")
+    for name, value in (
+        ("beta1", beta1),
+        ("beta2", beta2),
+        ("eps", eps),
+        *((f"decays[{i}]", d) for i, d in enumerate(decays)),
+    ):
+        check_number(_OP.name, name, value)
     attrs = (list(decays), beta1, beta2, eps)
     inputs = (list(weights), list(grads), list(exp_avgs), list(exp_avg_sqs), flat, list(copies))
     _OP(backend, (*inputs, steps, lr, found_inf, grad_factor, alphas), attrs)
@@ -307,6 +314,9 @@ def _check_lists(lists: dict[str, Tensors], steps: torch.Tensor) -> None:
     for name, tensors in lists.items():
         if len(tensors) != len(weights):
             raise ValueError(f"{_OP.name}: {name} has {len(tensors)} tensors, expected {len(weights)} as weights has")
+        for i, tensor in enumerate(tensors):
+            if not isinstance(tensor, torch.Tensor):
+                raise ValueError(f"{_OP.name}: {name}[{i}] is a {type(tensor).__name__}, expected a torch.Tensor")
         dtype = tensors[0].dtype if name in ("grads", "copies") else steps.dtype
         for i, (tensor, weight) in enumerate(zip(tensors, weights, strict=True)):
             if tensor.shape != weight.shape:

@@ -22,6 +22,7 @@ SHARED_LIMITS = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232
 _TENSOR_CORE = re.compile(r"^\s*(?:@\S+\s+)?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*", re.MULTILINE)
 _HGMMA = re.compile(r"^\s*(?:@\S+\s+)?wgmma\.mma_async", re.MULTILINE)
 _DOT = re.compile(r"\btt\.dot(?:_scaled)? .*tensor<[\dx]+x(?:bf16|f16)>")
+_TF32_DOT = re.compile(r"\btt\.dot .*inputPrecision = tf32")
 _LOAD = re.compile(r"\bLDG\S*")
 _WIDE = re.compile(r"\.(?:128|256)\b")
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
@@ -32,7 +33,8 @@ class Row:
     """One kernel compiled for one architecture.
 
     spills in bytes a thread; loads are instructions that read global memory, wide_loads those of 16 bytes or more a
-    thread; tensor_core are instructions too, and hgmma those of them that are Hopper's; dots are tl.dot of 16 bits.
+    thread; tensor_core are instructions too, and hgmma those of them that are Hopper's; dots are tl.dot of 16 bits,
+    tf32_dots those of float32 in TF32.
     """
 
     op: str
@@ -48,18 +50,19 @@ class Row:
     tensor_core: int
     hgmma: int = 0
     dots: int = 0
+    tf32_dots: int = 0
 
     @property
     def faults(self) -> list[str]:
-        """What is wrong: spills, shared memory beyond the chip's, dots of 16 bits that pass the tensor cores by.
+        """What is wrong: spills, shared memory beyond the chip's, dots of 16 bits or TF32 without tensor cores.
 
-        On sm_90 only HGMMA counts as a tensor core: mma.sync has but half its rate there.
+        On sm_90 only HGMMA counts as a tensor core for 16 bits: mma.sync has but half its rate there.
         """
         fast = self.hgmma == self.tensor_core > 0 if self.arch == "sm_90" else self.tensor_core > 0
         found = {
             "SPILLS": self.spills > 0,
             "TOO LARGE": self.shared_bytes > SHARED_LIMITS[self.arch],
-            "SLOW DOTS": self.dots > 0 and not fast,
+            "SLOW DOTS": (self.dots > 0 and not fast) or (self.tf32_dots > 0 and not self.tensor_core),
         }
         return [fault for fault, here in found.items() if here]
 
@@ -114,6 +117,7 @@ def inspect(op: str, case: str, arch: str, launch: _triton.Launch) -> Row:
         tensor_core=len(_TENSOR_CORE.findall(compiled.asm["ptx"])),
         hgmma=len(_HGMMA.findall(compiled.asm["ptx"])),
         dots=len(_DOT.findall(compiled.asm["ttir"])),
+        tf32_dots=len(_TF32_DOT.findall(compiled.asm["ttir"])),
     )
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ._checks import check_dims, check_floating, check_number
+from ._checks import check_dims, check_flag, check_floating, check_number
 from ._op import Kernels, Op
 from ._triton import jit, launch, rows, tl
 from .autotune import pick
@@ -231,6 +231,8 @@ def guided_step(
     sizes = check_dims(_OP.name, dims, tensors, _OP.optional)
     check_floating(_OP.name, tensors)
     check_number(_OP.name, "scale", scale)
+    check_flag(_OP.name, "clip", clip)
+    check_flag(_OP.name, "keep_x0", keep_x0)
     C, N, G = sizes["C"], sizes["N"], sizes.get("G", 1)
     if C == 0:
         raise ValueError(f"{_OP.name}: x has shape {tuple(x.shape)}, expected at least one channel")

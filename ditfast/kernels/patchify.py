@@ -6,7 +6,7 @@ bias         (D)
 pos_embed    (1, T, D), T = (H / p) (W / p), tokens row-major; the last dim dense (else it is copied)
 tokens       (B, T, D), contiguous, in the wider dtype of the linear and pos_embed
 Under autocast the linear runs in autocast's dtype and the sum with pos_embed promotes, as the official model's does.
-fp32         the sums; the products too where the linear is in fp32 (never TF32)
+fp32         the sums; the products too where the linear is in fp32, unless PyTorch's setting asks for TF32
 saved        x, weight, bias, pos_embed
 
 The forward is one launch: patches are gathered into a dot, and a program goes through several samples with its tiles of
@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from ._checks import check_dims, check_floating
+from ._checks import check_dims, check_floating, check_out_dtype
 from ._gemm import linear_dtype
 from ._op import Kernels, Op
 from ._rows import rows_per_program
@@ -28,6 +28,7 @@ from ._triton import jit, launch, rows, tl
 from .autotune import pick
 from .peers import diffusers_patchify
 from .spec import Case, OpSpec, square
+from .tf32 import dot_precision
 
 DIMS = {"x": "B C H W", "weight": "D C p p", "bias": "D", "pos_embed": "1 T D"}
 # (tokens and columns of a tile, most inputs of a dot, samples of a program, warps). Not measured on a chip yet.
@@ -87,6 +88,7 @@ def _patchify_fwd_kernel(
     K: tl.constexpr,
     P: tl.constexpr,
     COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
     SAMPLES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -119,7 +121,7 @@ def _patchify_fwd_kernel(
             if K > BLOCK_K:
                 weight = tl.load(weight_col + kk[:, None], mask=(kk < K)[:, None] & inside[None, :], other=0.0)
                 weight = _as(weight, COMPUTE)
-            y = tl.dot(patch, weight, y, input_precision="ieee")
+            y = tl.dot(patch, weight, y, input_precision=PRECISION)
         out_row = tl.cast(sample, tl.int64) * T + token
         tl.store(y_ptr + out_row[:, None] * D + col[None, :], y + added, mask=both)
 
@@ -153,7 +155,8 @@ def _patchify_fwd(
     blocks = -(-T // block_t) * -(-D // block_d)
     samples = rows_per_program(1, samples, blocks, B)
     meta = {
-        **{"D": D, "K": K, "P": p, "COMPUTE": str(compute).removeprefix("torch."), "SAMPLES": samples},
+        **{"D": D, "K": K, "P": p, "SAMPLES": samples},
+        **{"COMPUTE": str(compute).removeprefix("torch."), "PRECISION": dot_precision(compute)},
         **{"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_K": min(most_k, max(16, 1 << (K - 1).bit_length()))},
         "num_warps": warps,
     }
@@ -163,7 +166,7 @@ def _patchify_fwd(
 
 
 def _patchify_bwd(
-    grads: tuple[torch.Tensor, ...],
+    grads: tuple[torch.Tensor | None, ...],
     dy: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -175,13 +178,18 @@ def _patchify_bwd(
     dx, dweight, dbias, dpos = grads
     B, C, H, W = x.shape
     D, p = weight.shape[0], weight.shape[-1]
-    over_samples = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
-    dpos.copy_(over_samples.unsqueeze(0))
-    dbias.copy_(over_samples.sum(0))
-    patches = _patches(x, p).flatten(0, 1).to(dy.dtype)
-    dweight.copy_((dy.reshape(-1, D).T @ patches).view(dweight.shape))
-    dpatches = (dy @ weight.flatten(1).to(dy.dtype)).reshape(B, H // p, W // p, C, p, p)
-    dx.view(B, C, H // p, p, W // p, p).copy_(dpatches.permute(0, 3, 1, 4, 2, 5))
+    if dpos is not None or dbias is not None:
+        over_samples = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+        if dpos is not None:
+            dpos.copy_(over_samples.unsqueeze(0))
+        if dbias is not None:
+            dbias.copy_(over_samples.sum(0))
+    if dweight is not None:
+        patches = _patches(x, p).flatten(0, 1).to(dy.dtype)
+        dweight.copy_((dy.reshape(-1, D).T @ patches).view(dweight.shape))
+    if dx is not None:
+        dpatches = (dy @ weight.flatten(1).to(dy.dtype)).reshape(B, H // p, W // p, C, p, p)
+        dx.view(B, C, H // p, p, W // p, p).copy_(dpatches.permute(0, 3, 1, 4, 2, 5))
 
 
 _OP = Op(
@@ -195,6 +203,7 @@ _OP = Op(
         empty=_patchify_empty,
         fwd=_patchify_fwd,
         bwd=_patchify_bwd,
+        skips=("x", "weight", "bias", "pos_embed"),
     ),
 )
 
@@ -216,6 +225,8 @@ def patchify(
     tensors = {"x": x, "weight": weight, "bias": bias, "pos_embed": pos_embed}
     sizes = check_dims(_OP.name, DIMS, tensors)
     check_floating(_OP.name, tensors)
+    if compute_dtype is not None:
+        check_out_dtype(_OP.name, compute_dtype, "compute_dtype")
     H, W, p = sizes["H"], sizes["W"], sizes["p"]
     if H % p or W % p:
         raise ValueError(f"{_OP.name}: x is {H} x {W}, expected multiples of the patch size {p}; pad or crop it")

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ._checks import check_dims, check_floating
+from ._checks import check_dims, check_flag, check_floating, check_number
 from ._heads import load_angles, load_pairs, load_parameter, norm_pairs, section_of, store_pairs
 from ._op import Kernels, Op
 from ._rows import empty_partials, rows_per_program, sum_partials
@@ -322,6 +322,8 @@ def qk_norm_rope(
     sizes = check_dims(_OP.name, DIMS, tensors, _OP.optional)
     check_floating(_OP.name, tensors)
     _check_arguments(sizes, tensors, num_heads, norm)
+    check_number(_OP.name, "eps", eps)
+    check_flag(_OP.name, "interleaved", interleaved)
     out = _OP(backend, tuple(tensors.values()), (num_heads, norm, eps, interleaved))
     return out.view_as(packed) if packed.ndim == 5 else out
 

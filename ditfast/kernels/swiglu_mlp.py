@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ._activations import silu_and_slope
-from ._checks import check_dims, check_floating, check_not_empty
+from ._checks import check_dims, check_flag, check_floating, check_not_empty
 from ._gemm import (
     gemm,
     halves,
@@ -147,18 +147,19 @@ def _swiglu_mlp_fwd_kernel(
     TMA: tl.constexpr,
     A_TURNED: tl.constexpr,
     B_TURNED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
         m0, n0 = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
         gates = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         gates = multiply(
             *(gates, a, b1, m0, n0, M, N, K, stride_am, stride_ak, stride_b1k, stride_b1n),
-            *(BLOCK_K, TMA, A_TURNED, B_TURNED),
+            *(BLOCK_K, TMA, A_TURNED, B_TURNED, PRECISION),
         )
         ups = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         ups = multiply(
             *(ups, a, b3, m0, n0, M, N, K, stride_am, stride_ak, stride_b3k, stride_b3n),
-            *(BLOCK_K, TMA, A_TURNED, B_TURNED),
+            *(BLOCK_K, TMA, A_TURNED, B_TURNED, PRECISION),
         )
         left_gate, right_gate = halves(gates)
         left_up, right_up = halves(ups)
@@ -203,13 +204,15 @@ def _swiglu_mlp_bwd_kernel(
     TMA: tl.constexpr,
     A_TURNED: tl.constexpr,
     B_TURNED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=TMA):
         m0, n0 = tile_at(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         acc = multiply(
-            acc, a, b, m0, n0, M, N, K, stride_am, stride_ak, stride_bk, stride_bn, BLOCK_K, TMA, A_TURNED, B_TURNED
+            *(acc, a, b, m0, n0, M, N, K, stride_am, stride_ak, stride_bk, stride_bn),
+            *(BLOCK_K, TMA, A_TURNED, B_TURNED, PRECISION),
         )
         left, right = halves(acc)
         m, above = m0 + tl.arange(0, BLOCK_M), tl.cast(m0, tl.int64) * N
@@ -219,7 +222,8 @@ def _swiglu_mlp_bwd_kernel(
             at, live = (m - m0)[:, None] * N + n[None, :], (m < M)[:, None] & (n < N)[None, :]
             up = tl.load(up_ptr + above + at, mask=live, other=0.0).to(tl.float32)
             act, slope = silu_and_slope(tl.load(gate_ptr + above + at, mask=live, other=0.0).to(tl.float32))
-            tl.store(act_ptr + above + at, act * up, mask=live)
+            if act_ptr is not None:
+                tl.store(act_ptr + above + at, act * up, mask=live)
             # Rows beyond M are zeros of A, and add nothing.
             dgate, dup = dact * up * slope, dact * act
             tl.store(dgate_ptr + above + at, dgate, mask=live)
@@ -274,7 +278,7 @@ def _swiglu_mlp_fwd(
 
 
 def _swiglu_mlp_bwd(
-    grads: tuple[torch.Tensor, ...],
+    grads: tuple[torch.Tensor | None, ...],
     dy: torch.Tensor,
     h: torch.Tensor,
     w1: torch.Tensor,
@@ -291,26 +295,30 @@ def _swiglu_mlp_bwd(
     dh, dw1, dw3, dw2, db1, db3, db2 = grads
     dy, rows, (w1, w3, w2) = matrix(dy), matrix(h, compute), _cast((w1, w3, w2), compute)
     (M, K), N = dy.shape, w1.shape[0]
+    if b2 is not None and db2 is not None:
+        column_sums(dy, db2)
+    if all(grad is None for grad in grads[:6]):
+        return
     if recompute:
         gate, up = (h.new_empty((M, N), dtype=compute) for _ in range(2))
         gemm(gate, (rows, w1.T), bias=b1)
         gemm(up, (rows, w3.T), bias=b3)
-    dgate, dup, act = (torch.empty_like(gate) for _ in range(3))
+    dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
+    act = None if dw2 is None else torch.empty_like(gate)
     tiles = tiles_for(M, N, dy, w2, further=2, kernel="swiglu_mlp_bwd")
-    biased = b1 is not None or b3 is not None
-    partial = empty_partials(1, -(-M // tiles.m), 2, N, h.device) if biased else None
+    biases = [None if b is None else db for b, db in ((b1, db1), (b3, db3))]
+    partial = empty_partials(1, -(-M // tiles.m), 2, N, h.device) if any(db is not None for db in biases) else None
     args, meta = operands(tiles, (dy, w2))
     args = [dgate, dup, act, gate, up, partial, M, N, K, *args]
     launch(_swiglu_mlp_bwd_kernel, programs(tiles, M, N, h.device), *args, **meta)
     if partial is not None:
         unwanted = partial.new_empty((1, N))
-        sum_partials(partial, *(unwanted if b is None else db.view(1, N) for b, db in ((b1, db1), (b3, db3))))
-    gemm(matrix(dh), (dgate, w1), (dup, w3))
-    gemm(dw1, (dgate.T, rows))
-    gemm(dw3, (dup.T, rows))
-    gemm(dw2, (dy.T, act))
-    if b2 is not None:
-        column_sums(dy, db2)
+        sum_partials(partial, *(unwanted if db is None else db.view(1, N) for db in biases))
+    if dh is not None:
+        gemm(matrix(dh), (dgate, w1), (dup, w3))
+    for dw, side, other in ((dw1, dgate, rows), (dw3, dup, rows), (dw2, dy, act)):
+        if dw is not None and other is not None:
+            gemm(dw, (side.T, other))
 
 
 _OP = Op(
@@ -325,6 +333,7 @@ _OP = Op(
         empty=_swiglu_mlp_empty,
         fwd=_swiglu_mlp_fwd,
         bwd=_swiglu_mlp_bwd,
+        skips=("h", "w1", "w3", "w2", "b1", "b3", "b2"),
     ),
     auto=library_on_a_gpu,
 )
@@ -351,6 +360,7 @@ def swiglu_mlp(
     tensors = dict(zip(DIMS, (h, w1, w3, w2, b1, b3, b2), strict=True))
     check_not_empty(_OP.name, check_dims(_OP.name, DIMS, tensors, _OP.optional), "D", "F")
     check_floating(_OP.name, tensors)
+    check_flag(_OP.name, "recompute", recompute)
     given = [tensor for tensor in (w1, w3, w2, b1, b3, b2) if tensor is not None]
     # Without gradients nothing is kept, and gate and up need not be written.
     compute, recompute = linear_dtype(h, *given), recompute or not torch.is_grad_enabled()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ._checks import check_dims, check_out_dtype
+from ._checks import check_dims, check_number, check_out_dtype, check_whole
 from ._op import Kernels, Op
 from ._triton import jit, launch, tl
 from .autotune import pick
@@ -182,8 +182,10 @@ def timestep_embedding(
     check_dims(_OP.name, DIMS, {"t": t})
     if t.dtype == torch.bool or t.is_complex():
         raise ValueError(f"{_OP.name}: t has dtype {t.dtype}, expected an integer or floating-point one")
-    if dim < 2 or max_period <= 0:
-        raise ValueError(f"{_OP.name}: dim is {dim} and max_period {max_period}, expected dim >= 2 and max_period > 0")
+    check_whole(_OP.name, "dim", dim, 2)
+    check_number(_OP.name, "max_period", max_period)
+    if max_period <= 0:
+        raise ValueError(f"{_OP.name}: max_period is {max_period}, expected a positive number")
     out_dtype = torch.float32 if out_dtype is None else out_dtype
     check_out_dtype(_OP.name, out_dtype)
     return _OP(backend, (t,), (dim, max_period, out_dtype))

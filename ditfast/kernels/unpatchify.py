@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from ._checks import check_dims, check_floating
+from ._checks import check_dims, check_floating, check_whole
 from ._op import Kernels, Op
 from ._triton import jit, launch, tl
 from .autotune import pick
@@ -133,7 +133,12 @@ def unpatchify(y: torch.Tensor, patch_size: int, grid: tuple[int, int], *, backe
     """Image (B, C, h p, w p) of y (B, h w, p p C), p = patch_size and (h, w) = grid; ValueError where they disagree."""
     sizes = check_dims(_OP.name, DIMS, {"y": y})
     check_floating(_OP.name, {"y": y})
+    check_whole(_OP.name, "patch_size", patch_size, 1)
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise ValueError(f"{_OP.name}: grid is {grid!r}, expected (h, w), the patches along each side")
     h, w = grid
+    for name, side in (("h", h), ("w", w)):
+        check_whole(_OP.name, f"{name} of grid", side, 0)
     if sizes["T"] != h * w:
         raise ValueError(f"{_OP.name}: y has {sizes['T']} tokens, expected {h * w} for a grid of {h} x {w}")
     if sizes["E"] % (patch_size * patch_size):

@@ -61,7 +61,14 @@ def norm_modulate(
     if branch is None:
         return x, run(partial(kernels.adaln_modulate, **options), x, shift, scale, drop=(0,))
     op = partial(kernels.gate_residual_adaln_modulate, **options)
-    return run(op, x, branch, gate, shift, scale, drop=drop)
+    if run is call or 0 in drop or kernels.backend_of("gate_residual_adaln_modulate", x.device, x.dtype) == "reference":
+        return run(op, x, branch, gate, shift, scale, drop=drop)
+
+    def norm_alone(x: Tensor, y: Tensor) -> tuple[Any, ...]:
+        """Of a stream that is kept: it is then not written again, nor the branch read."""
+        return partial(kernels.adaln_modulate, **options), x, shift, scale
+
+    return run(op, x, branch, gate, shift, scale, drop=drop, redo=norm_alone)
 
 
 def norm(x: Tensor, module: nn.LayerNorm, run: Callable[..., Any]) -> Tensor:

@@ -1,15 +1,18 @@
-"""Results that autograd does not keep: computed again in backward, once, for whoever asks first."""
+"""Results that autograd does not keep: computed again in backward, if they can be once, for whoever asks first."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+Redo = Callable[..., tuple[Any, ...]]
+"""redo(*results) -> (function, *tensors), see `Replays.call`."""
 
-def call(fn: Callable[..., Any], *inputs: Tensor | None, drop: Sequence[int] = ()) -> Any:
+
+def call(fn: Callable[..., Any], *inputs: Tensor | None, drop: Sequence[int] = (), redo: Redo | None = None) -> Any:
     """fn(*inputs): what stands for `Replays.call` where nothing is dropped."""
     return fn(*inputs)
 
@@ -29,20 +32,35 @@ class Replays(torch.autograd.graph.saved_tensors_hooks):
         super().__exit__(*exception)
         self._dropped.clear()
 
-    def call(self, fn: Callable[..., Any], *inputs: Tensor | None, drop: Sequence[int] = ()) -> Any:
+    def call(
+        self, fn: Callable[..., Any], *inputs: Tensor | None, drop: Sequence[int] = (), redo: Redo | None = None
+    ) -> Any:
         """fn(*inputs), of which only the inputs are kept for its backward, and not the results numbered in `drop`.
 
         fn must be deterministic, differentiable by autograd, draw no random numbers, and read no other tensors that
         need a gradient. The gradient is not differentiable again.
+
+        For an fn whose own backward keeps little and reads nothing that is dropped, `redo` gives, from the results,
+        what makes the dropped ones again at less cost, and its inputs. It then runs once for each that asks.
         """
+        if redo is not None:
+            outputs = fn(*inputs)
+            results = _tuple(outputs)
+            again, *given = redo(*results)
+            replay = _Replay(again, [t.detach() for t in given], once=False)
+            self._drop(replay, dict(enumerate(results[i] for i in drop)), given)
+            return outputs
         replay = _Replay(fn, inputs)
         outputs = _Replayed.apply(replay, *inputs)
         results = _tuple(outputs)
-        packed = tuple(None if t is None else self._pack(t) for t in inputs)
-        for i in drop:
-            result = results[i]
-            self._dropped[_storage(result)] = weakref.ref(result), result._version, _Dropped(replay, packed, i, ())
+        self._drop(replay, {i: results[i] for i in drop}, inputs)
         return outputs
+
+    def _drop(self, replay: "_Replay", results: Mapping[int, Tensor], inputs: Sequence[Tensor | None]) -> None:
+        """Has whoever saves one of these results of a replay, by number, save the way to it instead."""
+        packed = tuple(None if t is None else self._pack(t) for t in inputs)
+        for i, result in results.items():
+            self._dropped[_storage(result)] = weakref.ref(result), result._version, _Dropped(replay, packed, i, ())
 
     def _pack(self, tensor: Tensor) -> "_Kept | _Dropped":
         if (found := self._dropped.get(_storage(tensor))) is not None:
@@ -55,9 +73,13 @@ class Replays(torch.autograd.graph.saved_tensors_hooks):
 
 
 class _Replay:
-    """One call of `fn`; between the first request in a backward and its own gradient it holds the results' graph."""
+    """One call of `fn`; between the first request in a backward and its own gradient it holds the results' graph.
 
-    def __init__(self, fn: Callable[..., Any], inputs: Sequence[Tensor | None]):
+    One that has no gradient of its own is not to be run `once`: nothing would tell when to let go of its results.
+    """
+
+    def __init__(self, fn: Callable[..., Any], inputs: Sequence[Tensor | None], once: bool = True):
+        self.once = once
         self.fn, self.needs = fn, [t is not None and t.requires_grad for t in inputs]
         kind = next(t.device.type for t in inputs if t is not None)
         self.autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind)}
@@ -67,12 +89,15 @@ class _Replay:
 
     def run(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """The results, as differentiable functions of `self.inputs`."""
-        if not self.outputs:
-            pairs = zip(inputs, self.needs, strict=True)
-            self.inputs = [t if t is None else t.detach().requires_grad_(needed) for t, needed in pairs]
-            with torch.enable_grad(), torch.autocast(**self.autocast):
-                self.outputs = _tuple(self.fn(*self.inputs))
-        return self.outputs
+        if self.outputs:
+            return self.outputs
+        pairs = zip(inputs, self.needs, strict=True)
+        leaves = [t if t is None else t.detach().requires_grad_(needed) for t, needed in pairs]
+        with torch.enable_grad(), torch.autocast(**self.autocast):
+            outputs = _tuple(self.fn(*leaves))
+        if self.once:
+            self.inputs, self.outputs = leaves, outputs
+        return outputs
 
 
 class _Kept(NamedTuple):

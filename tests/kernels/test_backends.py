@@ -1,6 +1,7 @@
 """Which backend an op takes, what it says when it cannot, and what it says about wrong arguments."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from ditfast.kernels import (
     backend_of,
     patchify,
     q_sample,
-    timestep_embedding,
     unpatchify,
 )
 from ditfast.kernels._op import Op
@@ -249,7 +249,35 @@ def test_unpatchify_refuses_a_wrong_grid(width, grid, says):
         unpatchify(torch.zeros(1, 6, width), 2, grid)
 
 
-@pytest.mark.parametrize("wrong", ({"dim": 1}, {"dim": 0}, {"max_period": 0}))
-def test_timestep_embedding_refuses_wrong_arguments(wrong):
-    with pytest.raises(ValueError, match="expected dim >= 2 and max_period > 0"):
-        timestep_embedding(torch.zeros(3), **wrong)
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    (
+        *(
+            (name, {"eps": "x"})
+            for name in ("adaln_modulate", "gate_residual_adaln_modulate", "qk_norm_rope", "adamw_ema")
+        ),
+        *(
+            ("timestep_embedding", wrong)
+            for wrong in ({"dim": 1}, {"dim": 2.5}, {"max_period": 0}, {"max_period": "x"})
+        ),
+        *((name, {"recompute": "mlp"}) for name in ("gelu_mlp", "swiglu_mlp")),
+        *((name, {"scale": "x"}) for name in ("attention", "attention_qkvpacked", "guided_step")),
+        ("qk_norm_rope", {"interleaved": "no"}),
+        ("qk_norm_rope", {"num_heads": "2"}),
+        ("adamw_ema", {"beta1": None}),
+        ("guided_step", {"clip": 1}),
+        ("guided_step", {"keep_x0": None}),
+        ("diffusion_loss", {"weight": None}),
+        ("patchify", {"compute_dtype": "float32"}),
+        ("unpatchify", {"grid": 4}),
+        ("unpatchify", {"grid": (2.0, 3)}),
+        ("unpatchify", {"patch_size": 0}),
+    ),
+)
+def test_an_argument_of_the_wrong_kind_is_named_with_what_was_given(name, wrong):
+    spec = next(spec for spec in OPS if spec.name == name)
+    ((argument, value),) = wrong.items()
+    with pytest.raises(
+        ValueError, match=rf"^{name}: .*{argument} is {re.escape(repr(value))}|^{name}: . of grid is 2.0"
+    ):
+        spec.fn(**{**spec.make_inputs(spec.cases[0], torch.float32), **wrong})

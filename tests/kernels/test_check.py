@@ -85,6 +85,7 @@ def test_a_row_is_ok_without_spills_and_within_the_shared_memory_of_its_chip(arc
 )
 def test_dots_of_16_bits_must_be_hgmma_on_sm_90_and_on_tensor_cores_elsewhere(arch, tensor_core, hgmma, ok):
     assert row(arch, tensor_core=tensor_core, hgmma=hgmma, dots=3).ok is ok
+    assert row(arch, tensor_core=tensor_core, hgmma=hgmma, tf32_dots=3).ok is (tensor_core > 0)
     assert row(arch).ok
 
 
@@ -113,7 +114,7 @@ def test_a_tile_too_small_for_hgmma_is_seen(stays, dtype, found):
 
 @pytest.mark.parametrize(("spills", "status"), ((0, 0), (8, 1)))
 def test_spills_are_exit_status_1(spills, status, monkeypatch, capsys):
-    monkeypatch.setattr(check, "check", lambda specs, archs: [row(), row(spills=spills)])
+    monkeypatch.setattr(check, "check", lambda specs, archs, dtype: [row(), row(spills=spills)])
     assert main(["check"]) == status
     assert "2 of 4" in capsys.readouterr().out
 

@@ -130,7 +130,7 @@ BUGS = {
         ("bwd", "unwritten last row", "dpre, mask=live", "dpre, mask=live & (m < M - 1)[:, None]", "odd"),
         ("gemm", "missing bias", "mask=n < N, other=0.0).to(tl.float32)[None, :]",
          "mask=n < N, other=0.0).to(tl.float32)[None, :] * 0.0", "odd"),
-        ("multiply", "K's last element dropped", "k < K - k0", "k < K - k0 - 1", "odd"),
+        ("multiply", "K's last element dropped", "k < K - k0", "k < K - k0 - 1", "odd", "xl"),
         ("multiply", "first part of K forgotten", "b_tile, acc,", "b_tile, acc * 0.0,", "tiles"),
         ("tile_at", "first row of a group only", "(first + within % size)", "first", "tiles"),
         ("column_sums", "last row dropped", "(row < T)", "(row < T - 1)", "odd"),

@@ -1,11 +1,14 @@
-"""Whole blocks over the Triton kernels (interpreted where there is no GPU) against the same blocks over PyTorch."""
+"""Whole blocks over Triton kernels (interpreted without a GPU): equal to blocks over PyTorch, and what they write."""
 
 import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ditfast.kernels._op import Op
+from ditfast.kernels._triton import recording
 from ditfast.kernels.parity import judge
 from ditfast.layers import DiT
 from ditfast.layers.block import DiTBlock, settle
@@ -85,3 +88,108 @@ def test_the_tiny_model_on_triton_equals_the_golden_outputs(tiny, golden, golden
         out = model(*(golden[f"in/{name}"].to(device) for name in "xty"))
     assert set(took) == OPS - {"gate_residual"} | {"patchify", "timestep_embedding", "unpatchify"}
     assert (out.cpu() - golden["out/forward"]).abs().max() <= GOLDEN_ROUNDING
+
+
+class Writes(TorchDispatchMode):
+    """What is written per token inside, as (writer, width, dtype), down into the raw ops and their launchers.
+
+    Of fewer than `least` numbers a token there are a norm's and attention's statistics.
+    A writer is a raw op or, outside of them, an operator of PyTorch's. What a kernel fills shows by its allocation.
+    """
+
+    def __init__(self, tokens, least):
+        super().__init__()
+        self.tokens, self.least, self.seen, self.within = tokens, least, [], None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if func.namespace == "ditfast":
+            self.within = func._schema.name.removeprefix("ditfast::")
+            key = torch._C.DispatchKey.CUDA if given[0].is_cuda else torch._C.DispatchKey.CPU
+            with self:  # to the launcher itself, whose allocations and copies then pass here
+                out = func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs or {})
+            self.within = None
+            return out
+        out = func(*args, **kwargs or {})
+        before = {t.untyped_storage()._cdata for t in given}
+        written = any(argument.alias_info and argument.alias_info.is_write for argument in func._schema.arguments)
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and (written or t.untyped_storage()._cdata not in before):
+                width, rest = divmod(t.numel(), self.tokens)
+                if width >= self.least and not rest:  # weights and partial sums leave one: tokens have a large prime
+                    self.seen.append((self.within or func._schema.name, width, t.dtype))
+        return out
+
+
+# What shared/performance.md's tables list, in the order of writing: name, writer, width over D, whether in the stream's
+# dtype. Of "bytes": y of a norm, x of one behind a gate; o of attention; GELU's input and output. Of "activation
+# memory": qkv and the outputs of attention and MLP. Gradients are of these; GELU's output is computed again for dw2.
+NORM = [("x", "gate_residual_adaln_modulate_fwd", 1, True), ("y", "gate_residual_adaln_modulate_fwd", 1, False)]
+PRE = ("fc1 pre", "gelu_mlp_fwd", 4, False)
+FORWARD = [
+    *NORM,
+    ("qkv", "aten::addmm", 3, False),
+    ("o", "attention_qkvpacked_fwd", 1, False),
+    ("attn out", "aten::addmm", 1, False),
+    *NORM,
+    ("fc2 out", "gelu_mlp_fwd", 1, False),
+    PRE,
+    ("GELU", "gelu_mlp_fwd", 4, False),
+]
+NORM_BACKWARD = [
+    ("dx", "gate_residual_adaln_modulate_bwd", 1, True),
+    ("dbranch", "gate_residual_adaln_modulate_bwd", 1, False),
+]
+PRE_AGAIN = ("fc1 pre", "gelu_mlp_bwd", 4, False)
+BACKWARD = [
+    ("dy", "gelu_mlp_bwd", 1, False),
+    ("dpre", "gelu_mlp_bwd", 4, False),
+    ("GELU", "gelu_mlp_bwd", 4, False),
+    *NORM_BACKWARD,
+    ("do", "aten::mm", 1, False),
+    ("dqkv", "attention_qkvpacked_bwd", 3, False),
+    ("dy", "aten::mm", 1, False),
+    *NORM_BACKWARD,
+]
+# The first norm's x is computed again as well, since one kernel makes both; the second's is kept, and y made from it.
+Y_AGAIN = ("y", "adaln_modulate_fwd", 1, False)
+WRITTEN = {
+    "none": (FORWARD, BACKWARD),
+    "ops": (FORWARD, [Y_AGAIN, *BACKWARD[:7], *NORM, *BACKWARD[7:]]),
+    "mlp": (
+        [row for row in FORWARD if row is not PRE],
+        [Y_AGAIN, BACKWARD[0], PRE_AGAIN, *BACKWARD[1:7], *NORM, *BACKWARD[7:]],
+    ),
+    "block": (
+        [*FORWARD, ("x", "gate_residual_fwd", 1, True)],
+        [*FORWARD, ("x", "gate_residual_fwd", 1, True), ("dbranch", "gate_residual_bwd", 1, False), *BACKWARD],
+    ),
+}
+
+
+@pytest.mark.parametrize("policy", WRITTEN)
+@pytest.mark.parametrize("dtype, autocast", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("gated", (True, False), ids=("adaLN-Zero", "adaLN"))
+@pytest.mark.parametrize("T", (251, 263), ids=("short", "long"))
+def test_a_block_writes_what_the_tables_list(T, gated, dtype, autocast, policy, device, auto_is):
+    """In the middle of a model: behind another block, and in front of one."""
+    B, D, compute = 2, 32, autocast or dtype
+    block = DiTBlock(D, 1, gated=gated).to(device, dtype)
+    block.recompute = policy
+
+    def leaf(kind, *shape):
+        return torch.zeros(shape, device=device, dtype=kind, requires_grad=True)
+
+    x, branch, gate = leaf(dtype, B, T, D), leaf(compute, B, T, D), leaf(compute, B, D) if gated else None
+    modulation = leaf(compute, B, (6 if gated else 4) * D)
+    auto_is("triton")
+    with recording():  # launches are noted, and not made
+        with torch.autocast(device, autocast, enabled=autocast is not None), Writes(B * T, D // 2) as forward:
+            out = block.forward_pending((x, branch, gate), modulation)
+        out = [t for t in out[:2] if t is not None]
+        gradients = [torch.ones_like(t) for t in out]
+        wanted = [x, branch, modulation, *(p for n, p in block.named_parameters() if "adaLN" not in n)]
+        with Writes(B * T, D // 2) as backward:
+            torch.autograd.grad(out, wanted, gradients)
+    for writes, rows in zip((forward, backward), WRITTEN[policy], strict=True):
+        assert writes.seen == [(writer, width * D, dtype if stream else compute) for _, writer, width, stream in rows]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,8 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ditfast import reference
 from ditfast.config import PRECISIONS
 from ditfast.kernels._op import Op
-from ditfast.layers import BLOCK_VARIANTS, DiT, DiT_models, DiTBlock, count_parameters, forward_macs, training_flops
-from ditfast.layers.block import settle
+from ditfast.layers import BLOCK_VARIANTS, DiT, DiT_models, count_parameters, forward_macs, training_flops
 
 # Published sizes: parameters and GMACs at patch 2, 4, 8 and latent 32 (DiT, table 4; the code's counts).
 PUBLISHED = {
@@ -32,24 +30,6 @@ def pair(tiny, golden_state):
         model.load_state_dict(golden_state)
         models.append(model.double().eval())
     return models
-
-
-def randomized(**options) -> DiT:
-    """A small model none of whose weights is zero."""
-    arguments = {"input_size": 8, "in_channels": 3, "hidden_size": 48, "depth": 3, "num_heads": 4, "num_classes": 7}
-    torch.manual_seed(0)
-    model = DiT(**arguments | options)
-    for p in model.parameters():
-        if p.requires_grad:
-            nn.init.normal_(p, std=0.1)
-    return model.eval()
-
-
-def batch(model: DiT, n: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(n, model.in_channels, *model.x_embedder.img_size, generator=generator)
-    t = torch.randint(0, 1000, (n,), generator=generator)
-    return x, t, torch.randint(0, model.y_embedder.num_classes, (n,), generator=generator)
 
 
 def test_state_dict_is_the_official_one(tiny, golden_state):
@@ -133,7 +113,7 @@ def test_block_variants_have_the_papers_compute(block, gmacs):
 
 
 @pytest.mark.parametrize("block", BLOCK_VARIANTS)
-def test_counted_macs_are_those_that_run(block):
+def test_counted_macs_are_those_that_run(block, randomized, batch):
     model = randomized(block=block)
     # PyTorch's counter does not know the CPU's fused attention, so attention runs as plain products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -142,7 +122,7 @@ def test_counted_macs_are_those_that_run(block):
 
 
 @pytest.mark.parametrize("block", BLOCK_VARIANTS)
-def test_every_parameter_of_a_variant_learns(block):
+def test_every_parameter_of_a_variant_learns(block, randomized, batch):
     model = randomized(block=block)
     x, t, y = batch(model)
     model(x, t, y).square().mean().backward()
@@ -151,7 +131,7 @@ def test_every_parameter_of_a_variant_learns(block):
 
 
 @pytest.mark.parametrize("block", BLOCK_VARIANTS)
-def test_conditioning_reaches_the_output(block):
+def test_conditioning_reaches_the_output(block, randomized, batch):
     model = randomized(block=block)
     x, t, y = batch(model)
     out = model(x, t, y)
@@ -159,80 +139,7 @@ def test_conditioning_reaches_the_output(block):
     assert not torch.allclose(out, model(x, t, (y + 1) % 7), atol=1e-4)
 
 
-def test_adaln_zero_starts_as_the_identity():
-    model = DiT(input_size=8, hidden_size=48, depth=2, num_heads=4, num_classes=7)
-    x, c = torch.randn(2, 16, 48), torch.randn(2, 48)
-    assert torch.equal(model.blocks[0](x, c), x)
-    assert not model.forward(*batch(model, 2)).any()
-
-
-@pytest.mark.parametrize("gated", [True, False])
-def test_pending_form_equals_the_official_form(gated):
-    model = randomized(block="adaln_zero" if gated else "adaln")
-    x, c = torch.randn(3, 16, 48), torch.randn(3, 48)
-    official, pending = x, (x, None, None)
-    for block in model.blocks:
-        official = block(official, c)
-        pending = block.forward_pending(pending, block.adaLN_modulation(c))
-    torch.testing.assert_close(settle(*pending), official)
-    final = model.final_layer
-    torch.testing.assert_close(final.forward_pending(pending, final.adaLN_modulation(c)), final(official, c))
-
-
-def test_hooks_see_the_official_block():
-    model = randomized()
-    x, t, y = batch(model)
-    plain = model(x, t, y)
-    seen = {}
-    handles = [
-        model.blocks[1].register_forward_hook(lambda module, args, out: seen.update(block=(args, out))),
-        model.final_layer.register_forward_pre_hook(lambda module, args: seen.update(final=args)),
-    ]
-    torch.testing.assert_close(model(x, t, y), plain)
-    (stream, c), out = seen["block"]
-    torch.testing.assert_close(model.blocks[1](stream, c), out)
-    assert [v.shape for v in seen["final"]] == [(5, 16, 48), (5, 48)]
-    for handle in handles:
-        handle.remove()
-    handle = model.blocks[0].register_forward_hook(lambda module, args, out: out + 1.0)
-    assert not torch.allclose(model(x, t, y), plain)
-    handle.remove()
-
-
-def calls_of(module: nn.Module, monkeypatch) -> list:
-    """What the module's own forward is called with from now on."""
-    seen, forward = [], module.forward
-    monkeypatch.setattr(module, "forward", lambda *args: (seen.append(args), forward(*args))[1])
-    return seen
-
-
-@pytest.mark.parametrize(
-    "name", ["blocks.1", "final_layer", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2", "x_embedder.proj", "blocks.1.attn.qkv"]
-)
-def test_a_changed_module_is_called(name, monkeypatch):
-    """A patched forward stands for all that replaces or wraps a module: LoRA, quantization, recompute wrappers."""
-    model = randomized()
-    inputs = batch(model)
-    plain = model(*inputs)
-    seen = calls_of(model.get_submodule(name), monkeypatch)
-    torch.testing.assert_close(model(*inputs), plain)
-    assert len(seen) == 1
-
-
-def test_a_recompute_wrapper_recomputes():
-    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapping
-
-    model = randomized()
-    expected = torch.autograd.grad(model(*batch(model)).sum(), model.blocks[0].mlp.fc1.weight)
-    calls = []
-    model.blocks[0].attn.register_forward_hook(lambda *_: calls.append(1))
-    wrapping.apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, DiTBlock))
-    gradient = torch.autograd.grad(model(*batch(model)).sum(), model.blocks[0].mlp.fc1.weight)
-    torch.testing.assert_close(gradient, expected)
-    assert len(calls) == 2
-
-
-def test_embedder_without_positions_as_officially_called():
+def test_embedder_without_positions_as_officially_called(randomized, batch):
     model = randomized()
     x, *_ = batch(model)
     torch.testing.assert_close(model.x_embedder(x) + model.pos_embed, model.x_embedder(x, model.pos_embed))
@@ -246,72 +153,8 @@ def test_one_seed_gives_the_oracles_model(tiny):
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-def attend(module: nn.Module, q: torch.Tensor, kv: torch.Tensor, heads: int) -> torch.Tensor:
-    """Attention by the equation; the rows of a packed weight are q | k | v."""
-    width = q.shape[-1]
-    if hasattr(module, "qkv"):
-        wq, wk, wv = module.qkv.weight.chunk(3)
-        bq, bk, bv = module.qkv.bias.chunk(3)
-    else:
-        wq, (wk, wv) = module.q.weight, module.kv.weight.chunk(2)
-        bq, (bk, bv) = module.q.bias, module.kv.bias.chunk(2)
-    q, k, v = (
-        F.linear(x, w, b).unflatten(-1, (heads, -1)).transpose(1, 2)
-        for x, w, b in ((q, wq, bq), (kv, wk, bk), (kv, wv, bv))
-    )
-    weights = (q @ k.transpose(-1, -2) / (width // heads) ** 0.5).softmax(-1)
-    return module.proj((weights @ v).transpose(1, 2).flatten(2))
-
-
-def feed(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return module.fc2(F.gelu(module.fc1(x), approximate="tanh"))
-
-
-def plain_adaln(block, x, c):
-    norm = nn.LayerNorm(48, eps=1e-6, elementwise_affine=False)
-    shift1, scale1, shift2, scale2 = block.adaLN_modulation[1](F.silu(c))[:, None].chunk(4, dim=-1)
-    y = norm(x) * (1 + scale1) + shift1
-    x = x + attend(block.attn, y, y, 4)
-    return x + feed(block.mlp, norm(x) * (1 + scale2) + shift2)
-
-
-def plain_in_context(block, x, context):
-    y = block.norm1(x)
-    x = x + attend(block.attn, y, y, 4)
-    return x + feed(block.mlp, block.norm2(x))
-
-
-def plain_cross_attention(block, x, context):
-    y = block.norm1(x)
-    x = x + attend(block.attn, y, y, 4)
-    x = x + attend(block.cross_attn, block.norm2(x), context, 4)
-    return x + feed(block.mlp, block.norm3(x))
-
-
-@pytest.mark.parametrize(
-    "variant, plain",
-    [("adaln", plain_adaln), ("in_context", plain_in_context), ("cross_attention", plain_cross_attention)],
-)
-def test_variants_equal_their_equations(variant, plain):
-    block = randomized(block=variant).blocks[1]
-    x, c = torch.randn(3, 18, 48), torch.randn(3, 48) if variant == "adaln" else torch.randn(3, 2, 48)
-    torch.testing.assert_close(block(x, c), plain(block, x, c))
-
-
-def test_in_context_tokens_are_the_embeddings_and_leave_again():
-    model = randomized(block="in_context")
-    x, t, y = batch(model)
-    seen = []
-    model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    model.final_layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    model(x, t, y)
-    expected = torch.stack([model.t_embedder(t), model.y_embedder(y, False)], dim=1)
-    torch.testing.assert_close(seen[0][:, 16:], expected)
-    assert seen[1].shape == (5, 16, 48)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-fast"])
-def test_triton_kernels_in_the_whole_model(precision, monkeypatch):
+def test_triton_kernels_in_the_whole_model(precision, monkeypatch, randomized, batch):
     """Every op that has kernels runs on them, forward and backward, as near to float64 as PyTorch's own ops."""
     heads = {"hidden_size": 64, "num_heads": 2, "depth": 2}  # the attention kernels take head_dim from 32 on
     outcomes, choose = {}, Op.choose
@@ -339,13 +182,13 @@ def test_triton_kernels_in_the_whole_model(precision, monkeypatch):
 
 
 @pytest.mark.parametrize("block", BLOCK_VARIANTS)
-def test_non_square_input(block):
+def test_non_square_input(block, randomized, batch):
     model = randomized(block=block, input_size=(4, 12))
     x, t, y = batch(model)
     assert model(x, t, y).shape == (5, 6, 4, 12)
 
 
-def test_tokens_are_row_major():
+def test_tokens_are_row_major(batch):
     """A change in the pixel of one patch only moves that patch's output where blocks are the identity."""
     model = DiT(input_size=(4, 8), in_channels=1, hidden_size=48, depth=1, num_heads=4, num_classes=3).eval()
     nn.init.normal_(model.final_layer.linear.weight, std=0.1)
@@ -356,7 +199,7 @@ def test_tokens_are_row_major():
     assert changed.min(dim=0).values.tolist() == [2, 4] and changed.max(dim=0).values.tolist() == [3, 5]
 
 
-def test_null_class_follows_num_classes():
+def test_null_class_follows_num_classes(randomized, batch):
     model = randomized()
     x, t, y = batch(model)
     null = torch.full_like(y, 7)
@@ -364,13 +207,13 @@ def test_null_class_follows_num_classes():
     torch.testing.assert_close(model(x, t, y, torch.zeros(5, dtype=torch.bool)), model(x, t, y))
 
 
-def test_training_drops_labels():
+def test_training_drops_labels(randomized, batch):
     model = randomized(class_dropout_prob=0.999999).train()
     x, t, y = batch(model)
     torch.testing.assert_close(model(x, t, y), model.eval()(x, t, torch.full_like(y, 7)))
 
 
-def test_without_dropout_there_is_no_null_class():
+def test_without_dropout_there_is_no_null_class(randomized, batch):
     model = randomized(class_dropout_prob=0.0)
     x, t, y = batch(model)
     assert model.y_embedder.embedding_table.num_embeddings == 7
@@ -391,7 +234,7 @@ def test_autocast_keeps_the_official_dtypes(dtype, pair, golden):
     assert errors[0] <= 1.1 * errors[1]
 
 
-def test_low_precision_parameters_and_stream():
+def test_low_precision_parameters_and_stream(randomized, batch):
     model = randomized().to(torch.bfloat16)
     model.stream_dtype = torch.bfloat16
     x, t, y = batch(model)
@@ -403,7 +246,7 @@ def test_low_precision_parameters_and_stream():
     assert (out.float() - full).norm() < 0.05 * full.norm()
 
 
-def test_compiles_without_graph_breaks():
+def test_compiles_without_graph_breaks(randomized, batch):
     torch._dynamo.reset()
     model = randomized()
     x, t, y = batch(model)
@@ -428,12 +271,12 @@ def test_compiles_without_graph_breaks():
         ({"input_size": (8, 8, 8)}, r"input_size must be a positive int or \(height, width\)"),
     ],
 )
-def test_impossible_models(options, message):
+def test_impossible_models(options, message, randomized):
     with pytest.raises(ValueError, match=message):
         randomized(**options)
 
 
-def test_wrong_inputs():
+def test_wrong_inputs(randomized, batch):
     model = randomized()
     x, t, y = batch(model)
     with pytest.raises(ValueError, match=r"x must be \(B, 3, 8, 8\) for this model, got \(5, 3, 8, 4\)"):
@@ -450,7 +293,7 @@ def test_wrong_inputs():
 
 @pytest.mark.parametrize("block", ["adaln_zero", "adaln"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-fast"])
-def test_forward_from_its_modulation_is_forward_to_the_bit(block, precision):
+def test_forward_from_its_modulation_is_forward_to_the_bit(block, precision, randomized, batch):
     policy = PRECISIONS[precision]
     model = policy.apply(randomized(block=block))
     x, t, y = batch(model)
@@ -461,7 +304,7 @@ def test_forward_from_its_modulation_is_forward_to_the_bit(block, precision):
         assert torch.equal(model.forward_modulated(x, modulation), model(x, t, y))
 
 
-def test_modulation_drops_no_label():
+def test_modulation_drops_no_label(randomized, batch):
     model = randomized(class_dropout_prob=0.9).train()
     _, t, y = batch(model)
     assert torch.equal(model.modulations(t, y), model.eval().modulations(t, y))
@@ -478,7 +321,7 @@ def test_modulation_drops_no_label():
         (lambda m: setattr(m, "final_layer", Wrapped(m.final_layer)), "final_layer has hooks"),
     ],
 )
-def test_modulation_is_refused_where_modules_must_be_called(change, named):
+def test_modulation_is_refused_where_modules_must_be_called(change, named, randomized, batch):
     model = randomized()
     assert model.modulation_obstacle() is None
     change(model)
@@ -495,13 +338,13 @@ class Wrapped(nn.Module):
 
 
 @pytest.mark.parametrize("block", ["cross_attention", "in_context"])
-def test_blocks_without_adaptive_norms_have_no_modulation(block):
+def test_blocks_without_adaptive_norms_have_no_modulation(block, randomized, batch):
     model = randomized(block=block)
     with pytest.raises(ValueError, match=f"blocks of kind '{block}' have no adaptive norms"):
         model.modulations(*batch(model)[1:])
 
 
-def test_modulation_of_another_width_is_refused():
+def test_modulation_of_another_width_is_refused(randomized, batch):
     model = randomized()
     with pytest.raises(ValueError, match=r"modulation must be .* = \(5, 960\), got \(5, 48\)"):
         model.forward_modulated(batch(model)[0], torch.zeros(5, 48))

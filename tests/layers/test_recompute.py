@@ -2,20 +2,17 @@
 
 import copy
 import gc
-import weakref
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.storages import Storages
 from ditfast.config import PRECISIONS
 from ditfast.kernels._op import Op
 from ditfast.layers import BLOCK_VARIANTS, DiT, DiTBlock, activation_bytes, block_bytes
-from ditfast.layers.replay import Replays
 
 POLICIES = ("none", "ops", "mlp", "block", "block:2")
 SIZES = [{"hidden_size": 64, "input_size": 32}, {"hidden_size": 96, "input_size": 32, "mlp_ratio": 3.0}]
@@ -359,69 +356,6 @@ def test_memory_is_freed_as_the_backward_goes():
         model.blocks[0].attn.qkv.weight.register_hook(lambda grad: left.append(storages.alive()))
         out.backward()
     assert left[0] < 0.6 * before + sum(p.numel() * 4 for p in model.parameters())
-
-
-class TestReplay:
-    """The mechanism by itself: what is dropped, and when it must not be."""
-
-    def test_a_result_written_to_is_kept(self):
-        x, w = torch.randn(3, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
-        with (replays := Replays()):
-            y = replays.call(torch.sin, x, drop=(0,))
-            with torch.no_grad():
-                y.mul_(2)
-            out = y @ w
-        (dw,) = torch.autograd.grad(out.sum(), w)
-        torch.testing.assert_close(dw, (2 * torch.sin(x)).T @ torch.ones(3, 4))
-
-    @pytest.mark.parametrize("drop", [(0,), ()])
-    def test_what_is_kept_and_written_to_is_an_error(self, drop):
-        x, w = torch.randn(3, 4), torch.randn(4, 4, requires_grad=True)
-        with (replays := Replays()):
-            y = replays.call(torch.sin, x, drop=drop)
-            out = y @ w
-        (x if drop else y).add_(1)
-        with pytest.raises(RuntimeError, match="written to in place"):
-            out.sum().backward()
-
-    def test_a_part_of_a_result_is_kept(self):
-        x, w = torch.randn(4, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
-        with (replays := Replays()):
-            out = replays.call(torch.sin, x, drop=(0,))[2:] * w
-        (dw,) = torch.autograd.grad(out.sum(), w)
-        assert torch.equal(dw, torch.sin(x)[2:])
-
-    def test_a_transposed_result_is_kept(self):
-        x, w = torch.randn(3, 4, requires_grad=True), torch.randn(4, 3, requires_grad=True)
-        with (replays := Replays()):
-            out = replays.call(torch.sin, x, drop=(0,)).T * w
-        (dw,) = torch.autograd.grad(out.sum(), w)
-        assert torch.equal(dw, torch.sin(x).T)
-
-    def test_what_is_dropped_is_gone(self):
-        x, w = torch.randn(3, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
-        with (replays := Replays()):
-            y = replays.call(torch.sin, x, drop=(0,))
-            out, reference = y @ w, weakref.ref(y)
-            storage = StorageWeakRef(y.untyped_storage())
-            del y
-        assert reference() is None and storage.expired() and out.requires_grad
-
-    def test_it_runs_once_a_backward(self):
-        x, w, calls = torch.randn(3, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True), []
-        with (replays := Replays()):
-            y = replays.call(lambda x: [calls.append(1), torch.sin(x)][1], x, drop=(0,))
-            out = (y @ w).sum() + (y @ w.T).sum()
-        out.backward()
-        assert calls == [1, 1]
-
-    def test_a_second_derivative_is_refused(self):
-        x = torch.randn(3, requires_grad=True)
-        with (replays := Replays()):
-            y = replays.call(torch.sin, x)
-        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            dx.sum().backward()
 
 
 @pytest.mark.parametrize("policy", ["blocks", "op", "block:0", "block:", "block:x", "ops:2", "none:1", "", None, 3])

@@ -11,20 +11,25 @@ from .._triton import jit, launch, tl
 from .tiles import Configs, constants, dense, strides
 
 # Not measured on a chip yet. Tiles as the forward's, as far as they compile without spills: with two sums beside two
-# products, dk and dv take 32 queries at a time, and 16 on sm_80 from head_dim 88 on.
+# products, dk and dv take 32 queries at a time, and 16 on sm_80 from head_dim 88 on and in TF32.
 DQ_CONFIGS: Configs = (
     (90, 2, 128, 128, 64, 8, 2),
     (0, 2, 32, 128, 32, 8, 2),
     (0, 2, 96, 128, 64, 8, 2),
     (0, 2, 128, 128, 32, 8, 2),
+    (0, 3, 128, 64, 16, 4, 2),
     (0, 4, 32, 64, 16, 8, 2),
     (0, 4, 48, 64, 32, 8, 2),
+    (0, 4, 56, 32, 32, 8, 2),
     (0, 4, 128, 64, 16, 8, 2),
 )
 DKDV_CONFIGS: Configs = (
     (90, 2, 128, 128, 32, 8, 2),
     (0, 2, 80, 128, 32, 8, 2),
     (0, 2, 128, 128, 16, 8, 2),
+    (90, 3, 96, 64, 16, 4, 2),
+    (90, 3, 128, 32, 16, 4, 2),
+    (0, 3, 128, 64, 16, 8, 2),
     (0, 4, 96, 64, 32, 8, 2),
     (0, 4, 128, 64, 16, 8, 2),
 )
@@ -56,6 +61,7 @@ def dq_tile(
     UNIT: tl.constexpr,
     STAYS: tl.constexpr,
     PASSES: tl.constexpr,
+    PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """dq and delta of the queries from `first`; the pointers are those of one head."""
@@ -91,21 +97,21 @@ def dq_tile(
         there = start + key < Tk
         k = tl.load(k_row + cols, mask=there[:, None], other=0.0)
         v = tl.load(v_row + cols, mask=there[:, None], other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if TAIL:
             tail_k = tl.load(k_row + tail_cols, mask=there[:, None] & tail_in, other=0.0)
             tail_v = tl.load(v_row + tail_cols, mask=there[:, None] & tail_in, other=0.0)
-            s = tl.dot(tail_q, tl.trans(tail_k), s, input_precision="ieee")
-            dp = tl.dot(tail_do, tl.trans(tail_v), dp, input_precision="ieee")
+            s = tl.dot(tail_q, tl.trans(tail_k), s, input_precision=PRECISION)
+            dp = tl.dot(tail_do, tl.trans(tail_v), dp, input_precision=PRECISION)
         p = tl.exp2(s * log2_scale - lse[:, None])
         if not EVEN:
             # Where all scores are far below 0, exp2(0 - lse) of a key that is not there overflows, and inf * 0 is NaN.
             p = tl.where(there[None, :], p, 0.0)
         ds = (p * (dp - delta[:, None])).to(k.dtype)
-        dq = tl.dot(ds, k, dq, input_precision="ieee")
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         if TAIL:
-            tail_dq = tl.dot(ds, tail_k, tail_dq, input_precision="ieee")
+            tail_dq = tl.dot(ds, tail_k, tail_dq, input_precision=PRECISION)
         k_row += PASSES * tl.cast(stride_kt, tl.int64) * UNIT
         v_row += PASSES * tl.cast(stride_vt, tl.int64) * UNIT
 
@@ -140,6 +146,7 @@ def dkdv_tile(
     UNIT: tl.constexpr,
     STAYS: tl.constexpr,
     PASSES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """dk and dv of the keys from `first`; the pointers are those of one head. Tiles of p and ds are transposed."""
     row = first + tl.arange(0, STAYS)
@@ -172,21 +179,21 @@ def dkdv_tile(
         do = tl.load(do_row + cols, mask=there[:, None], other=0.0)
         lse = tl.load(lse_ptr + start + query, mask=there, other=0.0)
         delta = tl.load(delta_ptr + start + query, mask=there, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee")
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if TAIL:
             tail_q = tl.load(q_row + tail_cols, mask=there[:, None] & tail_in, other=0.0)
             tail_do = tl.load(do_row + tail_cols, mask=there[:, None] & tail_in, other=0.0)
-            s = tl.dot(tail_k, tl.trans(tail_q), s, input_precision="ieee")
-            dp = tl.dot(tail_v, tl.trans(tail_do), dp, input_precision="ieee")
+            s = tl.dot(tail_k, tl.trans(tail_q), s, input_precision=PRECISION)
+            dp = tl.dot(tail_v, tl.trans(tail_do), dp, input_precision=PRECISION)
         p = tl.exp2(s * log2_scale - lse[None, :])
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         p = p.to(do.dtype)
-        dv = tl.dot(p, do, dv, input_precision="ieee")
-        dk = tl.dot(ds, q, dk, input_precision="ieee")
+        dv = tl.dot(p, do, dv, input_precision=PRECISION)
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
         if TAIL:
-            tail_dv = tl.dot(p, tail_do, tail_dv, input_precision="ieee")
-            tail_dk = tl.dot(ds, tail_q, tail_dk, input_precision="ieee")
+            tail_dv = tl.dot(p, tail_do, tail_dv, input_precision=PRECISION)
+            tail_dk = tl.dot(ds, tail_q, tail_dk, input_precision=PRECISION)
         q_row += PASSES * tl.cast(stride_qt, tl.int64) * UNIT
         do_row += PASSES * tl.cast(stride_dot, tl.int64) * UNIT
 
@@ -234,6 +241,7 @@ def _attention_dq_kernel(
     UNIT: tl.constexpr,
     STAYS: tl.constexpr,
     PASSES: tl.constexpr,
+    PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -265,6 +273,7 @@ def _attention_dq_kernel(
         UNIT,
         STAYS,
         PASSES,
+        PRECISION,
         EVEN,
     )
 
@@ -305,6 +314,7 @@ def _attention_dkdv_kernel(
     UNIT: tl.constexpr,
     STAYS: tl.constexpr,
     PASSES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
     head = pid // blocks
@@ -334,6 +344,7 @@ def _attention_dkdv_kernel(
         UNIT,
         STAYS,
         PASSES,
+        PRECISION,
     )
 
 

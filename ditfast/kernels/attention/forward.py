@@ -8,11 +8,12 @@ from .tiles import Configs, constants, dense, strides
 # Not measured on a chip yet. 16 bits: 128 queries read K and V half as often as 64 would, and are the 64 rows that
 # HGMMA wants for each of two groups of four warps; 64 keys take 120 to 180 registers a thread on sm_90, 128 over 200.
 # On sm_80 operands come through registers, and 64 keys of which some are masked spill from head_dim 104 on. float32 has
-# no tensor cores, and its operands come through registers too: smaller tiles.
+# no tensor cores, and its operands come through registers too: smaller tiles. In TF32 64 rows are those of four warps.
 CONFIGS: Configs = (
     (90, 2, 128, 128, 64, 8, 3),
     (0, 2, 96, 128, 64, 8, 3),
     (0, 2, 128, 128, 32, 8, 3),
+    (0, 3, 128, 64, 16, 4, 2),
     (0, 4, 32, 64, 16, 8, 2),
     (0, 4, 96, 64, 32, 8, 2),
     (0, 4, 128, 64, 16, 8, 2),
@@ -46,6 +47,7 @@ def _attention_fwd_kernel(
     UNIT: tl.constexpr,
     STAYS: tl.constexpr,
     PASSES: tl.constexpr,
+    PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -74,10 +76,10 @@ def _attention_fwd_kernel(
     for start in range(0, Tk, PASSES):
         there = start + key < Tk
         k = tl.load(k_row + cols, mask=there[:, None], other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if TAIL:
             tail_k = tl.load(k_row + tail_cols, mask=there[:, None] & tail_in, other=0.0)
-            s = tl.dot(tail_q, tl.trans(tail_k), s, input_precision="ieee")
+            s = tl.dot(tail_q, tl.trans(tail_k), s, input_precision=PRECISION)
         if not EVEN:
             s = tl.where(there[None, :], s, float("-inf"))
         new_most = tl.maximum(most, tl.max(s, 1) * log2_scale)
@@ -89,10 +91,10 @@ def _attention_fwd_kernel(
         total = total * shrink + tl.sum(p, 1)
         v = tl.load(v_row + cols, mask=there[:, None], other=0.0)
         p = p.to(v.dtype)
-        o = tl.dot(p, v, o * shrink[:, None], input_precision="ieee")
+        o = tl.dot(p, v, o * shrink[:, None], input_precision=PRECISION)
         if TAIL:
             tail_v = tl.load(v_row + tail_cols, mask=there[:, None] & tail_in, other=0.0)
-            tail_o = tl.dot(p, tail_v, tail_o * shrink[:, None], input_precision="ieee")
+            tail_o = tl.dot(p, tail_v, tail_o * shrink[:, None], input_precision=PRECISION)
         k_row += PASSES * tl.cast(stride_kt, tl.int64) * UNIT
         v_row += PASSES * tl.cast(stride_vt, tl.int64) * UNIT
 

@@ -62,6 +62,7 @@ def _attention_short_bwd_kernel(
     UNIT: tl.constexpr,
     STAYS: tl.constexpr,
     PASSES: tl.constexpr,
+    PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     head = tl.program_id(0)
@@ -103,6 +104,7 @@ def _attention_short_bwd_kernel(
             UNIT,
             STAYS,
             PASSES,
+            PRECISION,
             EVEN,
         )
     # Delta is read by other threads than wrote it.
@@ -132,6 +134,7 @@ def _attention_short_bwd_kernel(
             UNIT,
             STAYS,
             PASSES,
+            PRECISION,
         )
 
 

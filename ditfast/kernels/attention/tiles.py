@@ -6,8 +6,9 @@ import torch
 
 from .._triton import capability, rows
 from ..autotune import pick
+from ..tf32 import dot_precision
 
-# (least compute capability, bytes of an element, largest head_dim,
+# (least compute capability, bytes of an element, 3 for float32 whose products are in TF32, largest head_dim,
 #  rows of the tile that stays, rows of those that pass by, warps, stages); the first that fits is taken.
 Configs = tuple[tuple[int, int, int, int, int, int, int], ...]
 
@@ -50,11 +51,13 @@ def constants(
     if not has_kernels(head_dim):
         raise ValueError(f"attention: head_dim is {head_dim}, the Triton kernels take multiples of 8 from 32 to 128")
     main, tail = head_widths(head_dim)
-    chip, size = capability(q.device), q.element_size()
+    precision = dot_precision(q.dtype)
+    chip, size = capability(q.device), 3 if precision == "tf32" else q.element_size()
     *_, stays, passes, warps, stages = next(c for c in configs if c[0] <= chip and c[1] == size and c[2] >= head_dim)
     if kernel:
-        stays, passes, stages, warps = pick(kernel, (stays, passes, stages, warps), q, k, unit)
+        facts = (q, k, unit, *(["tf32"] if precision == "tf32" else []))
+        stays, passes, stages, warps = pick(kernel, (stays, passes, stages, warps), *facts)
     return {
         **{"HEAD_DIM": head_dim, "MAIN": main, "TAIL": tail, "UNIT": unit, "STAYS": stays, "PASSES": passes},
-        **{"num_warps": warps, "num_stages": stages},
+        **{"PRECISION": precision, "num_warps": warps, "num_stages": stages},
     }
