@@ -19,7 +19,8 @@ from ditfast import reference
 from ditfast.config import ModelConfig, OptimConfig, Precision
 from ditfast.diffusion import SpacedDiffusion
 
-FLOAT64 = Precision(*[torch.float64] * 6)  # of the truth that all are held against
+_WIDE = torch.float64
+FLOAT64 = Precision(_WIDE, _WIDE, _WIDE, _WIDE, _WIDE, _WIDE)  # of the truth that all are held against
 
 
 @dataclass(frozen=True)
