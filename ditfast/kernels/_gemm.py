@@ -38,12 +38,14 @@ class Tiles(NamedTuple):
 #   leaves no room for another tile in the epilogue, and with the epilogue's buffer its 3 stages fill 180 of 227 KB;
 # - SQUARE idles less where tiles are few or N is no multiple of 256;
 # - PLAIN is for loads without TMA, whose pointers take registers: half as many of them at once, in 4 stages;
+# - TF32 is PLAIN for operands of four bytes; with the fourth stage gelu_mlp's forward would spill on sm_100;
 # - NARROW and PLAIN_NARROW are for epilogues that hold more tiles than there is room for;
 # - EXACT is float32 without tensor cores, sums of 16 registers a thread;
 # - SMALL is for fewer rows or columns than half a tile, and for the interpreter, which is slow.
 WIDE = Tiles(128, 256, 64, 8, 3, 8)
 SQUARE = Tiles(128, 128, 64, 8, 3, 8)
 PLAIN = Tiles(128, 128, 32, 8, 4, 8)
+TF32 = Tiles(128, 128, 32, 8, 3, 8)
 NARROW = Tiles(128, 64, 64, 8, 2, 8)
 PLAIN_NARROW = Tiles(128, 64, 32, 8, 4, 8)
 EXACT = Tiles(64, 64, 16, 8, 2, 8)
@@ -64,7 +66,7 @@ def _pinned(M: int, N: int, operands: Sequence[torch.Tensor], further: int) -> T
     if operands[0].dtype == torch.float32:
         if dot_precision(torch.float32) == "ieee":
             return EXACT
-        return PLAIN_NARROW if further or len(operands) > 2 else PLAIN
+        return PLAIN_NARROW if further or len(operands) > 2 else TF32
     if not _by_tma(operands):
         return PLAIN_NARROW if further else PLAIN
     if further > 1:
