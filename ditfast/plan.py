@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ditfast.config import Precision
-from ditfast.layers import RECOMPUTE_POLICIES, DiT, activation_bytes
+from ditfast.layers import RECOMPUTE_POLICIES, DiffusionTransformer, activation_bytes
 
 POLICIES = (*RECOMPUTE_POLICIES, "block:2", "block:4")
 
@@ -21,7 +21,9 @@ class MemoryPlan:
     working: float
 
 
-def plan_memory(model: DiT, precision: Precision, batch_size: int, fused: bool = True) -> list[MemoryPlan]:
+def plan_memory(
+    model: DiffusionTransformer, precision: Precision, batch_size: int, fused: bool = True
+) -> list[MemoryPlan]:
     """A row for every recompute policy, for the batch of one device; `model` may be on the meta device."""
     layers = len(model.blocks)
     tokens = batch_size * model.x_embedder.num_patches
@@ -32,7 +34,7 @@ def plan_memory(model: DiT, precision: Precision, batch_size: int, fused: bool =
     return [MemoryPlan(p, kept(p) / tokens / layers, kept(p), kept("none") / layers) for p in POLICIES]
 
 
-def state_bytes(model: DiT, precision: Precision, emas: int = 1) -> int:
+def state_bytes(model: DiffusionTransformer, precision: Precision, emas: int = 1) -> int:
     """Bytes of what lives as long as the run: weights, gradients, AdamW's moments, masters where they are apart, EMAs.
 
     Under autocast also its copies of the weights: at most, since what a policy computes again copies its weights again.

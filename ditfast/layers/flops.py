@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ditfast.layers.dit import DiT
+from ditfast.layers.transformer import DiffusionTransformer
 
 
 def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
@@ -10,14 +10,14 @@ def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
 
 
-def forward_macs(model: DiT) -> int:
+def forward_macs(model: DiffusionTransformer) -> int:
     """Multiply-accumulates of one image's forward: every Linear and convolution, and both attention products.
 
     The "Gflops" published for DiT are these MACs. Elementwise work is not counted.
     """
     tokens = model.x_embedder.num_patches
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    width = model.pos_embed.shape[-1]
+    width = model.architecture.hidden_size
     stream = tokens + (2 if model.block == "in_context" else 0)
     total = tokens * model.x_embedder.proj.weight.numel()
     for name, linear in linears.items():
@@ -36,6 +36,6 @@ def forward_macs(model: DiT) -> int:
     return total + len(model.blocks) * attention
 
 
-def training_flops(model: DiT) -> int:
+def training_flops(model: DiffusionTransformer) -> int:
     """FLOPs of one image's training step: forward and twice that for backward; recomputed work does not count."""
     return 3 * 2 * forward_macs(model)

@@ -114,6 +114,8 @@ class Sampler:
         if num_steps < 2:
             raise ValueError(f"num_steps is the number of points, of which there must be at least 2, got {num_steps}")
         t0, t1 = interval
+        if not t0 < t1:
+            raise ValueError(f"sampling runs from t = {t0} to t = {t1}: lower sample_eps or last_step_size")
         return shift_timesteps(torch.linspace(0, 1, num_steps, dtype=torch.float64), shift) * (t1 - t0) + t0
 
 

@@ -43,6 +43,17 @@ def test_every_method_runs(gaussian, method):
     torch.testing.assert_close(solver.sample(data, POINTS), data.flow(POINTS, 0, 1), rtol=0.03, atol=0.03)
 
 
+def test_the_model_is_told_the_times_that_the_solver_takes():
+    class Growing:
+        """A model that says t at time t, and only when it is asked on the host."""
+
+        def at_timestep(self, t):
+            return lambda x, times: torch.full_like(x, t)
+
+    end = Sampler(create_transport()).sample_ode(num_steps=3).sample(Growing(), torch.zeros(1, 1, dtype=torch.float64))
+    assert float(end) == pytest.approx(0.5)
+
+
 def test_points_are_shifted():
     loop = Sampler(create_transport()).sample_ode(num_steps=5, timestep_shift=0.3)
     points = loop(torch.zeros(1, 1, dtype=torch.float64), lambda x, t: torch.ones_like(x))

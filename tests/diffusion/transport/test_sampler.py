@@ -260,8 +260,11 @@ def test_steps_over_the_triton_kernel(method, monkeypatch):
     x, y = torch.randn(2, 4, 3, 3), torch.tensor([1, 2])
 
     def sample(backend):
-        step = kernels.guided_step
-        monkeypatch.setattr(loops, "guided_step", lambda *args, **kwargs: step(*args, **kwargs, backend=backend))
+        def step(x, cond, uncond, *args, **kwargs):
+            assert uncond is not None  # mixed here, not before
+            return kernels.guided_step(x, cond, uncond, *args, **kwargs, backend=backend)
+
+        monkeypatch.setattr(loops, "guided_step", step)
         guided = ClassifierFreeGuidance(Network(), 3.0, null_class=9)
         return loop.sample(guided, x, {"y": y}, per_sample_noise(range(2)))
 
@@ -352,6 +355,11 @@ def test_bad_arguments(method, arguments, message):
 def test_what_is_infinite_is_refused_before_it_runs(transport, method, arguments, message):
     with pytest.raises(ValueError, match=f"the drift is infinite or undefined at {message}"):
         getattr(sampler(*transport), method)(**arguments)
+
+
+def test_an_interval_of_no_times_is_refused():
+    with pytest.raises(ValueError, match=r"from t = 0.4 to t = 0.30+4?: lower sample_eps or last_step_size"):
+        sampler(prediction="noise", sample_eps=0.4).sample_sde(last_step_size=0.7)
 
 
 def test_a_learned_sigma_is_refused():
