@@ -40,7 +40,7 @@ class Recipe:
 class _Attention(reference.Attention):
     """The reference's attention by torch's op."""
 
-    def forward(self, x):
+    def forward(self, x, angles=None):
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 

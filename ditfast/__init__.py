@@ -8,6 +8,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "DiT": "ditfast.layers",
     "DiT_models": "ditfast.layers",
+    "SiT": "ditfast.layers",
+    "SiT_models": "ditfast.layers",
+    "LightningDiT": "ditfast.layers",
+    "LightningDiT_models": "ditfast.layers",
+    "LargeDiT": "ditfast.layers",
+    "LargeDiT_models": "ditfast.layers",
     "create_diffusion": "ditfast.diffusion",
     "accelerate": "ditfast.acceleration",
     "restore": "ditfast.acceleration",

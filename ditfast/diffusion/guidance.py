@@ -27,7 +27,7 @@ def _checked_interval(interval: tuple[float, float] | None) -> tuple[float, floa
         return None
     low, high = interval
     if not low < high:
-        raise ValueError(f"guidance interval (lo, hi) needs lo < hi, in original timesteps, got {interval}")
+        raise ValueError(f"guidance interval (lo, hi) needs lo < hi, in the t of the model, got {interval}")
     return low, high
 
 
@@ -70,8 +70,8 @@ class _Guidance(ABC):
         """Whether a call is the mixing of `unmixed` and nothing more, which a subclass may have made of it."""
         return type(self).__call__ is _Guidance.__call__
 
-    def at_timestep(self, t: int) -> Model:
-        """The callable for a batch that is all at original timestep t: guided inside the interval, else conditional."""
+    def at_timestep(self, t: float) -> Model:
+        """The callable for a batch that is all at timestep t: guided inside the interval, else conditional."""
         if self.interval is None or not self.only_mixes():
             return self
         if not self.interval[0] <= t < self.interval[1]:
@@ -81,7 +81,7 @@ class _Guidance(ABC):
         return everywhere
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
-        """Guided output (N, C or 2C, ...) for x (N, C, ...), original timesteps t (N,) and labels y (N,).
+        """Guided output (N, C or 2C, ...) for x (N, C, ...), timesteps t (N,) and labels y (N,).
 
         With an interval this reads t on the host; the sampling loops avoid that wait by `at_timestep`.
         """
@@ -120,8 +120,9 @@ class ClassifierFreeGuidance(_Guidance):
         null_class: the label that stands for no class (`num_classes` in a DiT).
         channels: how many of the C predicted channels are guided, the others staying conditional. 3 is what the
             official sampler does, and what its published FIDs used; None guides all, and so does a number beyond C.
-        interval: (lo, hi) in original timesteps, guided where lo <= t < hi (Kynkaanniemi et al. 2024); None is
-            everywhere.
+        interval: (lo, hi) in the t that models are given, guided where lo <= t < hi (Kynkaanniemi et al. 2024); None
+            is everywhere. That t is the original timestep, or a transport's time, in which (0.1, inf) leaves out the
+            noisiest tenth.
 
     Raises:
         ValueError: a scale that is negative or not finite, an interval with lo >= hi, channels below 1, labels of

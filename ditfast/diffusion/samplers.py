@@ -1,7 +1,7 @@
 """DDPM and DDIM samplers, as free functions over a process and any network.
 
-`GaussianDiffusion` carries them as methods. A model that has `at_timestep(t: int)` is asked by the loops, once a step,
-for the callable to run at original timestep t: it can then decide on the host what a GPU tensor could not tell without
+`GaussianDiffusion` carries them as methods. A model that has `at_timestep(t)` is asked by the loops, once a step, for
+the callable to run at original timestep t: it can then decide on the host what a GPU tensor could not tell without
 a wait (see `guidance.py`). `run_step` stands between a loop and its steps: it may hold them in a CUDA graph.
 """
 
@@ -220,8 +220,8 @@ def _loop(
         x = out["sample"]
 
 
-def at_timestep(model: Model, t: int) -> Model:
-    """What to call in a model's place for a batch that is all at original timestep t.
+def at_timestep(model: Model, t: float) -> Model:
+    """What to call in a model's place for a batch that is all at original timestep t, or at time t of a transport.
 
     By its class's `at_timestep`: one that a wrapper finds by __getattr__ is of what it wraps, and would bypass it.
     """

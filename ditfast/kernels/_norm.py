@@ -271,7 +271,11 @@ def _norm_bwd_kernel(
 
 def norm_ref(x: torch.Tensor, eps: float, norm: str) -> torch.Tensor:
     """n in plain PyTorch, in x's dtype."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps) if norm == "layer" else F.rms_norm(x, x.shape[-1:], eps=eps)
+    if norm == "layer":
+        return F.layer_norm(x, x.shape[-1:], eps=eps)
+    # A view, so that the gradients of the several uses that PyTorch's RMSNorm makes of x are added up before those of
+    # other users of x, in whatever order a recompute policy runs them.
+    return F.rms_norm(x.view_as(x), x.shape[-1:], eps=eps)
 
 
 def check_norm(op: str, norm: str) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditfast import kernels
@@ -32,7 +33,10 @@ def sincos_pos_embed(hidden_size: int, grid: tuple[int, int]) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Cuts an image into patches, projects each, and adds its position if given: (B, C, H, W) -> (B, T, D)."""
+    """Cuts an image into patches, projects each, and adds its position if given: (B, C, H, W) -> (B, T, D).
+
+    A convolution of stride p is a linear of flattened patches, channels first: LargeDiT's `x_embedder` is one.
+    """
 
     def __init__(self, input_size: int | tuple[int, int], patch_size: int, in_channels: int, hidden_size: int):
         super().__init__()
@@ -49,9 +53,12 @@ class PatchEmbed(nn.Module):
         if x.ndim != 4 or tuple(x.shape[1:]) != expected:
             raise ValueError(f"x must be (B, {', '.join(map(str, expected))}) for this model, got {tuple(x.shape)}")
         x = x.to(self.proj.weight.dtype)
-        if pos_embed is None or not is_plain(self.proj, nn.Conv2d):
+        if not is_plain(self.proj, nn.Conv2d):
             tokens = self.proj(x).flatten(2).transpose(1, 2)
             return tokens if pos_embed is None else tokens + pos_embed
+        if pos_embed is None:
+            patches = F.pixel_unshuffle(x, self.patch_size[0]).flatten(2).transpose(1, 2)
+            return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
         return kernels.patchify(x, self.proj.weight, self.proj.bias, pos_embed)
 
 

@@ -1,8 +1,9 @@
 """Recompute policies: what a block keeps between its forward and its backward, and what it computes again.
 
 none      what its ops save by themselves
-ops       without norms, modulation, gates and GELU, which cost bandwidth alone: x, qkv, attention, proj, fc1, fc2
-mlp       without fc1's product as well: x, qkv, attention, proj, fc2
+ops       without norms, modulation, rotation, gates and activations, which cost bandwidth alone: x, and the results of
+          qkv, attention, proj and the MLP's two linears
+mlp       without the first of these two as well
 block     x alone
 block:k   `block` for every k-th block, `ops` for the others
 
@@ -26,13 +27,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ditfast import kernels
 from ditfast.kernels._op import Kernels
-from ditfast.layers.attention import Attention, CrossAttention
-from ditfast.layers.mlp import Mlp
+from ditfast.layers.attention import Attention, CrossAttention, Rope
+from ditfast.layers.mlp import FeedForward, Mlp, SwiGlu
+from ditfast.layers.norm import Norm
 from ditfast.layers.plain import is_plain
 from ditfast.layers.replay import Replays, call
 
 RECOMPUTE_POLICIES = ("none", "ops", "mlp", "block")
-_PLAIN = (Attention, CrossAttention, Mlp, nn.Linear, nn.LayerNorm, nn.Sequential, nn.SiLU)
+_PLAIN = (Attention, CrossAttention, Mlp, SwiGlu, Norm, nn.Linear, nn.LayerNorm, nn.Sequential, nn.SiLU)
 _GEMMS = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
 
 
@@ -53,6 +55,7 @@ def policy_of_block(policy: str, index: int) -> str:
 class Block(nn.Module):
     """What all blocks share: a recompute policy, one of RECOMPUTE_POLICIES."""
 
+    attn: nn.Module
     mlp: nn.Module
     _recompute = "none"
 
@@ -66,7 +69,7 @@ class Block(nn.Module):
             raise ValueError(f"recompute of a block must be one of {', '.join(RECOMPUTE_POLICIES)}, got {policy!r}")
         self._recompute = policy
         for module in self.modules():
-            if isinstance(module, Mlp):
+            if isinstance(module, FeedForward):
                 module.recompute = policy == "mlp"
 
     @property
@@ -83,21 +86,39 @@ class Block(nn.Module):
         if policy == "none":
             return body(call, *args)
         if policy == "block" or torch.compiler.is_compiling():
-            context = {} if policy == "block" else {"context_fn": partial(_selective, self._dropped_gemm())}
+            context = {} if policy == "block" else {"context_fn": partial(_selective, self._dropped_gemms())}
             # Plain blocks draw no random numbers, and a CUDA graph cannot hold what saves the generator's state.
             draws = not all(is_plain(module, *_PLAIN, type(self)) for module in self.modules())
             return checkpoint(partial(body, call), *args, use_reentrant=False, preserve_rng_state=draws, **context)
         with (replays := Replays()):
             return body(replays.call, *args)
 
+    def attend(self, y: Any, rope: Rope | None, run: Callable[..., Any]) -> Any:
+        """The self-attention of y; one with hooks, or another module in its place, is called as it is."""
+        if is_plain(self.attn, Attention):
+            return self.attn.forward(y, rope, run)
+        return self.attn(y) if rope is None else self.attn(y, rope)
+
     def feed(self, y: Any, run: Callable[..., Any]) -> Any:
         """The MLP of y; one with hooks, or another module in its place, is called as it is."""
-        return self.mlp.forward(y, run) if is_plain(self.mlp, Mlp) else self.mlp(y)
+        return self.mlp.forward(y, run) if is_plain(self.mlp, Mlp, SwiGlu) else self.mlp(y)
 
-    def _dropped_gemm(self) -> int | None:
-        """Which matrix product of the block's forward, counted from 0, `mlp` computes again: fc1's."""
+    def _dropped_gemms(self) -> range:
+        """Which matrix products of the block's forward, counted from 0, `mlp` computes again: the MLP's first."""
         linears = [n for n, m in self.named_modules() if isinstance(m, nn.Linear) and "adaLN_modulation" not in n]
-        return linears.index("mlp.fc1") if self._recompute == "mlp" and "mlp.fc1" in linears else None
+        first = next((f"mlp.{name}" for name in ("fc1", "w12") if f"mlp.{name}" in linears), None)
+        if self._recompute != "mlp" or first is None:
+            return range(0)
+        # On the library's GEMMs SwiGLU's first product is two.
+        return range(linears.index(first), linears.index(first) + (2 if _halved(self.mlp) else 1))
+
+
+def _halved(mlp: nn.Module) -> bool:
+    """Whether this is a SwiGLU whose op multiplies with the halves of its first weight."""
+    if not (isinstance(mlp, SwiGlu) and mlp.plain):
+        return False
+    weight = mlp.w12.weight
+    return kernels.backend_of(mlp.op, weight.device, weight.dtype) != "reference"
 
 
 @cache
@@ -110,13 +131,13 @@ def _redone() -> frozenset[Any]:
     )
 
 
-def _selective(dropped_gemm: int | None) -> Any:
-    """Contexts of a selective checkpoint: matrix products but one, attention, and foreign ops are kept."""
+def _selective(dropped_gemms: range) -> Any:
+    """Contexts of a selective checkpoint: matrix products but these, attention, and foreign ops are kept."""
     gemms = itertools.count()
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op in _GEMMS:
-            kept = next(gemms) != dropped_gemm
+            kept = next(gemms) not in dropped_gemms
         elif op.namespace == "aten":
             kept = "scaled_dot_product" in op._schema.name
         else:

@@ -20,8 +20,9 @@ def call(fn: Callable[..., Any], *inputs: Tensor | None, drop: Sequence[int] = (
 class Replays(torch.autograd.graph.saved_tensors_hooks):
     """A context, in which ops are run by `call`, and results that they may drop are not kept by any op.
 
-    Any op inside that saves a dropped result saves, unknowingly, the way to compute it again. It must save the whole of
-    it, contiguous and not written to since; what else it saves is kept. Outer saved-tensor hooks do not see this scope.
+    Any op inside that saves a dropped result, or a view of it, saves, unknowingly, the way to compute it again. The
+    result must be contiguous and not written to since, the view of its dtype; what else is saved is kept. Outer
+    saved-tensor hooks do not see this scope.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,7 @@ class Replays(torch.autograd.graph.saved_tensors_hooks):
             outputs = fn(*inputs)
             results = _tuple(outputs)
             again, *given = redo(*results)
-            replay = _Replay(again, [t.detach() for t in given], once=False)
+            replay = _Replay(again, [None if t is None else t.detach() for t in given], once=False)
             self._drop(replay, dict(enumerate(results[i] for i in drop)), given)
             return outputs
         replay = _Replay(fn, inputs)
@@ -60,14 +61,16 @@ class Replays(torch.autograd.graph.saved_tensors_hooks):
         """Has whoever saves one of these results of a replay, by number, save the way to it instead."""
         packed = tuple(None if t is None else self._pack(t) for t in inputs)
         for i, result in results.items():
-            self._dropped[_storage(result)] = weakref.ref(result), result._version, _Dropped(replay, packed, i, ())
+            if result.is_contiguous() and result.storage_offset() == 0:
+                dropped = _Dropped(replay, packed, i, (result.shape, result.stride(), 0))
+                self._dropped[_storage(result)] = weakref.ref(result), result._version, dropped
 
     def _pack(self, tensor: Tensor) -> "_Kept | _Dropped":
         if (found := self._dropped.get(_storage(tensor))) is not None:
             reference, version, dropped = found
             result = reference()  # the storage of a dead one may by now be another tensor's
-            if result is not None and result._version == version and _extent(tensor) == _extent(result):
-                return dropped._replace(shape=tensor.shape)
+            if result is not None and result._version == version and tensor.dtype == result.dtype:
+                return dropped._replace(view=(tensor.shape, tensor.stride(), tensor.storage_offset()))
         # Detached, since autograd gives some ops' own results to be saved, and they would hold what saves them.
         return _Kept(tensor.detach(), tensor._version)
 
@@ -108,12 +111,12 @@ class _Kept(NamedTuple):
 
 
 class _Dropped(NamedTuple):
-    """What autograd holds in place of result `number` of a replay, in the shape that was asked for."""
+    """What autograd holds in place of a view (sizes, strides, offset) of result `number` of a replay."""
 
     replay: _Replay
     inputs: tuple["_Kept | _Dropped | None", ...]
     number: int
-    shape: tuple[int, ...]
+    view: tuple[Sequence[int], Sequence[int], int]
 
 
 def _unpack(packed: _Kept | _Dropped | None) -> Tensor | None:
@@ -125,7 +128,8 @@ def _unpack(packed: _Kept | _Dropped | None) -> Tensor | None:
     if packed is None:
         return None
     outputs = packed.replay.outputs or packed.replay.run([_unpack(t) for t in packed.inputs])
-    return outputs[packed.number].detach().view(packed.shape)
+    # Contiguous like the first time, whose memory the view was of.
+    return outputs[packed.number].detach().contiguous().as_strided(*packed.view)
 
 
 class _Replayed(torch.autograd.Function):
@@ -151,11 +155,6 @@ class _Replayed(torch.autograd.Function):
 def _storage(tensor: Tensor) -> int:
     """What tells storages that live at the same time apart."""
     return tensor.untyped_storage()._cdata
-
-
-def _extent(tensor: Tensor) -> tuple[Any, ...]:
-    """What two tensors over one storage agree in if they hold the same elements in the same order."""
-    return tensor.is_contiguous(), tensor.storage_offset(), tensor.numel(), tensor.dtype
 
 
 def _tuple(results: Any) -> tuple[Tensor, ...]:

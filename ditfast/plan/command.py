@@ -8,7 +8,7 @@ import torch
 from ditfast.build import build_model
 from ditfast.config import PRECISIONS, ConfigError, checked_precision, load_config
 from ditfast.hardware import Ceilings, datasheet, gpu, measured
-from ditfast.layers import DiT, policy_of_block
+from ditfast.layers import DiffusionTransformer, policy_of_block
 from ditfast.plan import Cluster, Job, published_model
 from ditfast.plan.against import as_json, compare, print_comparisons
 from ditfast.plan.report import make_plan, print_plan, save_plan
@@ -76,7 +76,7 @@ def _job(options: argparse.Namespace) -> tuple[Job, str, str]:
         except ValueError as error:
             raise ConfigError(f"--policy: {error}") from error
     batch, precision, accumulate, emas = 256, "bf16", 1, 1
-    model: DiT
+    model: DiffusionTransformer
     if options.config is not None:
         if options.image_size is not None:
             raise ConfigError("--image-size is of use only with --model; set model.input_size in the file of --config")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from ditfast.config import ConfigError, Precision
 from ditfast.hardware import Ceilings, Gpu
-from ditfast.layers import DiT, policy_of_block
+from ditfast.layers import DiffusionTransformer, policy_of_block
 from ditfast.plan.memory import POLICIES, policy_memory, state, trainable
 from ditfast.plan.step import Factor, Share, StepTime, rates, step_time
 
@@ -96,7 +96,7 @@ class Cluster:
 class Job:
     """What is trained: a model (on meta), by images of all GPUs a step; ConfigError for impossible counts."""
 
-    model: DiT
+    model: DiffusionTransformer
     precision: Precision
     batch_size: int = 256
     accumulate: int = 1
@@ -257,7 +257,7 @@ def _communication(
         sent, hidden, exposed = sent + bytes_sent, hidden + beside, exposed + 1e3 * seconds - beside
     if layout.parts > 1:
         # Tensor parallel: two sums of the stream a block and direction; sequence parallel: q, k, v there, o back.
-        stream = images * job.tokens * job.model.pos_embed.shape[-1] * p.compute.itemsize
+        stream = images * job.tokens * job.model.architecture.hidden_size * p.compute.itemsize
         ways = 2 + _whole_blocks(policy, len(job.model.blocks))
         each = 4 * stream if layout.tensor > 1 else 4 * stream / layout.parts
         size = each * ways * len(job.model.blocks) * job.accumulate

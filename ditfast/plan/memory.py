@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ditfast.config import Precision
-from ditfast.layers import RECOMPUTE_POLICIES, DiT, activation_bytes
+from ditfast.layers import RECOMPUTE_POLICIES, DiffusionTransformer, activation_bytes
 
 POLICIES = (*RECOMPUTE_POLICIES, "block:2", "block:4")
 
@@ -21,12 +21,16 @@ class MemoryPlan:
     working: float
 
 
-def plan_memory(model: DiT, precision: Precision, batch_size: int, fused: bool = True) -> list[MemoryPlan]:
+def plan_memory(
+    model: DiffusionTransformer, precision: Precision, batch_size: int, fused: bool = True
+) -> list[MemoryPlan]:
     """A row for every recompute policy, for the batch of one device; `model` may be on the meta device."""
     return [policy_memory(model, precision, policy, batch_size, fused) for policy in POLICIES]
 
 
-def policy_memory(model: DiT, precision: Precision, policy: str, batch_size: int, fused: bool = True) -> MemoryPlan:
+def policy_memory(
+    model: DiffusionTransformer, precision: Precision, policy: str, batch_size: int, fused: bool = True
+) -> MemoryPlan:
     """The row of one policy; ValueError for one that is none."""
     layers, tokens = len(model.blocks), batch_size * model.x_embedder.num_patches
     kept, all_kept = (
@@ -60,12 +64,12 @@ class State:
         return self.masters + self.moments + self.emas
 
 
-def trainable(model: DiT) -> int:
+def trainable(model: DiffusionTransformer) -> int:
     """How many numbers the optimizer updates."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def state(model: DiT, precision: Precision, emas: int = 1) -> State:
+def state(model: DiffusionTransformer, precision: Precision, emas: int = 1) -> State:
     """The state of a run on one device."""
     p, count = precision, trainable(model)
     return State(

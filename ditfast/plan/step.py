@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from ditfast import kernels
 from ditfast.config import ConfigError, Precision
 from ditfast.hardware import Ceilings, dtype_name
 from ditfast.kernels.spec import Case
-from ditfast.layers import DiT, attention_macs, linear_rows, policy_of_block
+from ditfast.layers import DiffusionTransformer, attention_macs, linear_rows, mlp_linears, policy_of_block
+from ditfast.layers.architecture import MODULATION
 from ditfast.plan.memory import trainable
 
 
@@ -94,7 +94,9 @@ def rates(ceilings: Ceilings, precision: Precision) -> Rates:
     return Rates(1e12 * gemm * ceilings.gemm_tflops[name], 1e9 * copy * ceilings.copy_gbps)
 
 
-def step_time(model: DiT, precision: Precision, policy: str, share: Share, reached: Rates, emas: int = 1) -> StepTime:
+def step_time(
+    model: DiffusionTransformer, precision: Precision, policy: str, share: Share, reached: Rates, emas: int = 1
+) -> StepTime:
     """The time of a step without communication; ValueError for an unknown policy. `model` may be on meta."""
     policies, copy = [policy_of_block(policy, i) for i in range(len(model.blocks))], reached.copy
     gemm = sum(_gemm_seconds(model, precision, policies, share, reached))
@@ -114,7 +116,7 @@ def step_time(model: DiT, precision: Precision, policy: str, share: Share, reach
     return StepTime(**{name: 1e3 * each for name, each in seconds.items()})
 
 
-def gemm_flops(model: DiT, policies: list[str]) -> dict[str, int]:
+def gemm_flops(model: DiffusionTransformer, policies: list[str]) -> dict[str, int]:
     """FLOPs of every Linear and convolution for one image, forward and backward and what a policy computes again."""
     return {
         name: 2 * rows * layer.weight.numel() * _passes(model, name, policies)
@@ -122,7 +124,7 @@ def gemm_flops(model: DiT, policies: list[str]) -> dict[str, int]:
     }
 
 
-def attention_flops(model: DiT, policies: list[str]) -> int:
+def attention_flops(model: DiffusionTransformer, policies: list[str]) -> int:
     """FLOPs of both attention products for one image, forward and backward and what a policy computes again.
 
     The backward counts twice the forward; the scores that every fused attention computes again in it do not count.
@@ -131,7 +133,7 @@ def attention_flops(model: DiT, policies: list[str]) -> int:
     return 3 * forward + forward * policies.count("block") // len(policies)
 
 
-def _passes(model: DiT, name: str, policies: list[str]) -> int:
+def _passes(model: DiffusionTransformer, name: str, policies: list[str]) -> int:
     """How often a step has this Linear's product: forward, both gradients, and again by its block's policy.
 
     The inputs of the first layers have no gradient.
@@ -142,17 +144,17 @@ def _passes(model: DiT, name: str, policies: list[str]) -> int:
     if parts[0] != "blocks":
         return 3
     policy, layer = policies[int(parts[1])], ".".join(parts[2:])
-    *inner, last = [
-        n for n, m in model.blocks[int(parts[1])].named_modules() if n.startswith("mlp.") and isinstance(m, nn.Linear)
-    ]
+    first, last = mlp_linears(model)
     if policy == "mlp":
-        return 3 + (layer in inner)
+        return 3 + (layer == first)
     # A block's modulation is computed before it, and its last product, the recomputation's end, is for its gate.
-    unread = "adaLN_modulation" in layer or (layer == last and model.block != "adaln_zero")
+    unread = "adaLN_modulation" in layer or (layer == last and "gate" not in MODULATION.get(model.block, ()))
     return 3 + (policy == "block" and not unread)
 
 
-def _gemm_seconds(model: DiT, precision: Precision, policies: list[str], share: Share, reached: Rates) -> list[float]:
+def _gemm_seconds(
+    model: DiffusionTransformer, precision: Precision, policies: list[str], share: Share, reached: Rates
+) -> list[float]:
     """Of each layer: as long as its FLOPs or its bytes take, whatever is longer."""
     rate, copy = reached.gemm * FACTORS["gemm"].value, reached.copy * FACTORS["elementwise"].value
     seconds, size = [], precision.compute.itemsize
@@ -168,45 +170,56 @@ def _gemm_seconds(model: DiT, precision: Precision, policies: list[str], share: 
     return seconds
 
 
-def _attention_share(model: DiT) -> float:
+def _attention_share(model: DiffusionTransformer) -> float:
     """Of the GEMM rate; kernels work on multiples of 32 channels of a head, and short sequences do not fill them."""
-    dim, tokens = model.pos_embed.shape[-1] // model.num_heads, model.x_embedder.num_patches
+    dim, tokens = model.architecture.head_dim, model.x_embedder.num_patches
     useful = dim / (32 * -(-dim // 32))
     return FACTORS["attention"].value * useful * tokens / (tokens + FACTORS["attention tokens"].value)
 
 
-def stream_bytes(model: DiT, precision: Precision, policies: list[str], images: int) -> dict[str, float]:
+def stream_bytes(
+    model: DiffusionTransformer, precision: Precision, policies: list[str], images: int
+) -> dict[str, float]:
     """Bytes that the ops between the matrix products move for some images: "elementwise", "gelu" and "bias".
 
-    Of a norm with its residual and modulation, and of GELU's backward, the fewest possible, by the ops' own count.
+    Of a norm with its residual and modulation, of QK-norm with rotation, and of an activation's backward, the fewest
+    possible, by the ops' own count. "gelu" is a SwiGLU's too.
     """
-    tokens, width = model.x_embedder.num_patches + (2 if model.block == "in_context" else 0), model.pos_embed.shape[-1]
+    a = model.architecture
+    tokens, width = model.x_embedder.num_patches + (2 if model.block == "in_context" else 0), a.hidden_size
     compute, mixed = precision.compute, precision.stream is not precision.compute
     sizes = {"B": images, "T": tokens, "D": width}
-    ops = ["gate_residual_adaln_modulate"] if model.adaptive else ["adaln_modulate", "gate_residual"]
+    ops = ["gate_residual_adaln_modulate"] if a.adaptive else ["adaln_modulate", "gate_residual"]
     counted = [_op_bytes(name, sizes, compute, mixed) for name in ops]
     site = {way: sum(count[way] for count in counted) for way in ("fwd", "bwd")}
     sites, again = 3 if model.block == "cross_attention" else 2, sum(policy != "none" for policy in policies)
     blocks = len(policies)
+    elementwise = (blocks * sites + 1) * (site["fwd"] + site["bwd"]) + again * sites * site["fwd"]
+    if a.rope or a.qk_norm:
+        heads = {"N": a.qkv_heads, "head_dim": a.head_dim, "half": a.head_dim // 2}
+        turned = _op_bytes("qk_norm_rope", sizes | heads, compute, False, num_heads=a.num_heads)
+        elementwise += blocks * sum(turned.values()) + again * turned["fwd"]
     layers = linear_rows(model)
-    hidden = layers["blocks.0.mlp.fc1"][0].weight.shape[0]
+    first = mlp_linears(model)[0]
+    hidden = layers[f"blocks.0.{first}"][0].weight.shape[0]
     rows = images * tokens
-    gelu = 2 * rows * hidden * compute.itemsize
-    gelu_bwd = _op_bytes("gelu_backward", {"M": rows, "F": hidden}, compute, mixed)["fwd"]
-    # The bias gradient of fc1 is summed by gelu_backward; the others read the gradient of their layer's output.
+    activation = rows * (hidden + a.mlp_width) * compute.itemsize
+    backward = "swiglu_backward" if a.mlp == "swiglu" else "gelu_backward"
+    activation_bwd = _op_bytes(backward, {"M": rows, "F": a.mlp_width}, compute, mixed)["fwd"]
+    # The bias gradient of the MLP's first layer is summed there; the others read the gradient of their layer's output.
     biased = [
         layer.weight.shape[0] * r * images
         for name, (layer, r) in layers.items()
-        if r > 2 and not name.endswith("mlp.fc1")
+        if r > 2 and layer.bias is not None and not name.endswith(first)
     ]
     return {
-        "elementwise": (blocks * sites + 1) * (site["fwd"] + site["bwd"]) + again * sites * site["fwd"],
-        "gelu": blocks * (gelu + gelu_bwd) + policies.count("block") * gelu,
+        "elementwise": elementwise,
+        "gelu": blocks * (activation + activation_bwd) + policies.count("block") * activation,
         "bias": sum(biased) * compute.itemsize,
     }
 
 
-def optimizer_bytes(model: DiT, precision: Precision, emas: int = 1) -> tuple[int, int]:
+def optimizer_bytes(model: DiffusionTransformer, precision: Precision, emas: int = 1) -> tuple[int, int]:
     """(bytes of an update with EMAs and the gradients' norm, bytes of autocast's casts in a forward and backward)."""
     count, p = trainable(model), precision
 
@@ -225,11 +238,11 @@ def optimizer_bytes(model: DiT, precision: Precision, emas: int = 1) -> tuple[in
     return _spec("adamw_ema").bytes_min(inputs)["fwd"] + count * p.grads.itemsize, casts
 
 
-def _op_bytes(name: str, sizes: dict[str, int], dtype: torch.dtype, mixed: bool) -> dict[str, int]:
+def _op_bytes(name: str, sizes: dict[str, int], dtype: torch.dtype, mixed: bool, **arguments: Any) -> dict[str, int]:
     spec = _spec(name)
     # A norm over an fp32 stream gives what its Linear computes in.
     dtypes = tuple({"out_dtype"} & inspect.signature(spec.fn).parameters.keys())
-    return spec.bytes_min(spec.make_inputs(Case("plan", sizes, mixed=mixed, dtypes=dtypes), dtype, "meta"))
+    return spec.bytes_min(spec.make_inputs(Case("plan", sizes, arguments, mixed=mixed, dtypes=dtypes), dtype, "meta"))
 
 
 def _spec(name: str) -> kernels.OpSpec:

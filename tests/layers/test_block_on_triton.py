@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from ditfast.kernels._op import Op
 from ditfast.kernels._triton import recording
 from ditfast.kernels.parity import judge
-from ditfast.layers import DiT
+from ditfast.layers import Architecture, DiT
 from ditfast.layers.block import DiTBlock, settle
 
 OPS = {"adaln_modulate", "attention_qkvpacked", "gate_residual_adaln_modulate", "gelu_mlp", "gate_residual"}
@@ -63,11 +63,12 @@ DTYPES = {
 }
 
 
-@pytest.mark.parametrize("gated", (True, False), ids=("adaLN-Zero", "adaLN"))
+@pytest.mark.parametrize("block", ("adaln_zero", "adaln"))
 @pytest.mark.parametrize("dtype, autocast", DTYPES.values(), ids=DTYPES)
-def test_blocks_on_triton_are_within_both_budgets(gated, dtype, autocast, device, auto_is):
+def test_blocks_on_triton_are_within_both_budgets(block, dtype, autocast, device, auto_is):
     torch.manual_seed(0)
-    blocks = torch.nn.ModuleList(DiTBlock(96, 2, gated=gated) for _ in range(2)).to(device, dtype)
+    form = Architecture(hidden_size=96, num_heads=2, block=block)
+    blocks = torch.nn.ModuleList(DiTBlock(form) for _ in range(2)).to(device, dtype)
     x, c = (torch.randn(shape, device=device).to(dtype) for shape in ((3, 9, 96), (3, 96)))
     auto_is("reference")
     eager = results(blocks, x, c, autocast)

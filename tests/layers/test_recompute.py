@@ -9,10 +9,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.storages import Storages
 from ditfast.config import PRECISIONS
-from ditfast.kernels._op import Op
-from ditfast.layers import BLOCK_VARIANTS, DiT, DiTBlock, activation_bytes, block_bytes
+from ditfast.layers import BLOCK_VARIANTS, Architecture, DiT, DiTBlock, activation_bytes, block_bytes
 
 POLICIES = ("none", "ops", "mlp", "block", "block:2")
 SIZES = [{"hidden_size": 64, "input_size": 32}, {"hidden_size": 96, "input_size": 32, "mlp_ratio": 3.0}]
@@ -49,27 +47,22 @@ def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
     assert [name for name, value in ours.items() if not torch.equal(value, theirs[name])] == []
 
 
-def kept(policy: str, precision: str, depth: int, n: int, **options) -> int:
-    """Bytes alive behind a forward."""
-    model = build(policy, precision, depth=depth, **options)
-    with Storages() as storages, PRECISIONS[precision].autocast("cpu"):
-        out = model(*batch(model, n))
-    alive = storages.alive()
-    assert out.requires_grad
-    return alive
+@pytest.fixture
+def kept_per_token(kept_behind):
+    """kept_per_token(policy, precision, **options): bytes per token and layer, as a forward leaves them behind."""
 
+    def measure(policy: str, precision: str, **options) -> float:
+        models = {depth: build(policy, precision, depth=depth, **options) for depth in (2, 4)}
+        return kept_behind(models, precision, batch)
 
-def kept_per_token(policy: str, precision: str, **options) -> float:
-    """Bytes per token and layer: what two layers more keep of a sample more, and so without weights and the rest."""
-    more, less = (kept(policy, precision, 4, n, **options) - kept(policy, precision, 2, n, **options) for n in (3, 1))
-    return (more - less) / (2 * 2 * (options["input_size"] // 2) ** 2)
+    return measure
 
 
 TABLE = {"none": 20, "ops": 11, "mlp": 7, "block": 1, "block:2": 6}  # of width D, the stream in bf16
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_bytes_kept_are_those_of_the_table(policy):
+def test_bytes_kept_are_those_of_the_table(policy, kept_per_token):
     """performance.md's table of activation memory, per policy, in bf16."""
     assert kept_per_token(policy, "bf16-fast", **SIZES[0]) == pytest.approx(TABLE[policy] * 64 * 2, rel=0.1)
 
@@ -77,7 +70,7 @@ def test_bytes_kept_are_those_of_the_table(policy):
 @pytest.mark.parametrize("size", range(len(SIZES)))
 @pytest.mark.parametrize("precision", ["bf16", "bf16-fast"])
 @pytest.mark.parametrize("block", BLOCK_VARIANTS)
-def test_the_estimate_is_what_is_kept(block, precision, size):
+def test_the_estimate_is_what_is_kept(block, precision, size, kept_per_token):
     options = SIZES[size] | {"block": block}
     for policy in POLICIES:
         held = PRECISIONS[precision]
@@ -113,19 +106,12 @@ def test_gradients_of_two_forwards_under_one_autocast(block):
         assert_same_bits(ours, results[0])
 
 
-@pytest.fixture
-def on_triton(monkeypatch):
-    """Ops that have kernels run on them, in the interpreter where there is no GPU."""
-    choose = Op.choose
-    monkeypatch.setattr(Op, "choose", lambda op, asked, *rest: "triton" if op.kernels else choose(op, asked, *rest))
-
-
 @pytest.mark.parametrize(
     "policy", ["ops", *(pytest.param(p, marks=pytest.mark.full) for p in ("none", "mlp", "block"))]
 )
-def test_bytes_kept_over_triton_kernels(policy, on_triton):
+def test_bytes_kept_over_triton_kernels(policy, on_triton, kept_per_token):
     held = PRECISIONS["bf16-fast"]
-    estimate = block_bytes("adaln_zero", policy, 64, 4.0, held.stream, held.compute, fused=True)
+    estimate = block_bytes(Architecture(hidden_size=64), policy, held.stream, held.compute, fused=True)
     measured = kept_per_token(policy, "bf16-fast", hidden_size=64, input_size=8, num_heads=2)
     # 16 tokens a sample share its modulation (B, 6 D).
     assert measured - 6 * 64 * 2 / 16 == pytest.approx(estimate, rel=0.1)
@@ -157,37 +143,26 @@ def test_compiled_gradients(block, policy):
     assert_same_bits(gradients(model, forward=compiled), expected)
 
 
-def kept_compiled(policy: str, depth: int, n: int, **options) -> int:
-    """Bytes that the compiled graph's backward is handed."""
-    model = build(policy, depth=depth, **options)
-    torch._dynamo.reset()
-    out = torch.compile(model, fullgraph=True, backend="aot_eager")(*batch(model, n))
-    nodes, saved = [out.grad_fn], {}
-    while nodes:
-        node = nodes.pop()
-        nodes += [following for following, _ in node.next_functions if following is not None]
-        for tensor in getattr(node, "saved_tensors", ()):
-            if tensor is not None:
-                saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-    return sum(saved.values())
+@pytest.fixture
+def kept_compiled(kept_by_compiled):
+    """kept_compiled(policy, width): per token and layer in units of D, without the modulation (B, 6 D) of 16 tokens."""
 
+    def measure(policy: str, width: int = 48, **options) -> float:
+        models = {depth: build(policy, depth=depth, hidden_size=width, **options) for depth in (1, 2)}
+        return kept_by_compiled(models, batch) / (width * 4) - 6 / 16
 
-def kept_compiled_per_token(policy: str, width: int = 48, **options) -> float:
-    """In units of D; 16 tokens a sample share its modulation (B, 6 D), which is left out."""
-    options |= {"hidden_size": width}
-    more, less = (kept_compiled(policy, 2, n, **options) - kept_compiled(policy, 1, n, **options) for n in (4, 2))
-    return (more - less) / (2 * 16 * width * 4) - 6 / 16
+    return measure
 
 
 @pytest.mark.parametrize("policy", ["mlp", *(pytest.param(p, marks=pytest.mark.full) for p in ("ops", "block"))])
-def test_bytes_kept_when_compiled(policy):
-    assert kept_compiled_per_token(policy) == pytest.approx(TABLE[policy], rel=0.1)
+def test_bytes_kept_when_compiled(policy, kept_compiled):
+    assert kept_compiled(policy) == pytest.approx(TABLE[policy], rel=0.1)
 
 
 @pytest.mark.parametrize("policy", ["ops", *(pytest.param(p, marks=pytest.mark.full) for p in ("mlp", "block"))])
-def test_bytes_kept_when_compiled_over_triton_kernels(policy, on_triton):
+def test_bytes_kept_when_compiled_over_triton_kernels(policy, on_triton, kept_compiled):
     """torch.compile may keep 1 D less: the second x of a block, of an op with two results, can be redone there too."""
-    measured = kept_compiled_per_token(policy, 32, num_heads=1)
+    measured = kept_compiled(policy, 32, num_heads=1)
     assert TABLE[policy] - 1.1 < measured < 1.1 * TABLE[policy]
 
 
@@ -332,13 +307,13 @@ def test_sampling_runs_as_without_a_policy(policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_nothing_is_kept_once_the_output_is_gone(policy):
+def test_nothing_is_kept_once_the_output_is_gone(policy, storages):
     """Neither a leak nor, but for torch's own checkpoint, a cycle that the garbage collector would have to find."""
     model = build(policy, depth=2)
     gc.collect()
     gc.disable()
     try:
-        with Storages() as storages:
+        with storages:
             model(*batch(model))
         if "block" in policy:
             gc.collect()
@@ -348,9 +323,9 @@ def test_nothing_is_kept_once_the_output_is_gone(policy):
         gc.enable()
 
 
-def test_memory_is_freed_as_the_backward_goes():
+def test_memory_is_freed_as_the_backward_goes(storages):
     model = build("ops", depth=4)
-    with Storages() as storages:
+    with storages:
         out = model(*batch(model)).sum()
         before, left = storages.alive(), []
         model.blocks[0].attn.qkv.weight.register_hook(lambda grad: left.append(storages.alive()))
