@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ditfast.kernels import OPS, BackendError, _gemm, _triton, backend_of, gelu_mlp, parity, swiglu_mlp
 from ditfast.kernels._op import Op
 from ditfast.kernels.spec import Case
+from ditfast.kernels.tf32 import tf32_products
 
 SPECS = {spec.name: spec for spec in OPS if spec.name in ("gelu_mlp", "swiglu_mlp")}
 MLPS = [pytest.param(spec, id=name) for name, spec in SPECS.items()]
@@ -177,6 +178,9 @@ def test_wide_tiles_are_taken_where_they_fill_the_chip(M, N, tiles):
         assert _gemm.tiles_for(M, N, a, b, further=1) == _gemm.SQUARE
         assert _gemm.tiles_for(M, N, a, b, further=2) == _gemm.NARROW
         assert _gemm.tiles_for(M, N, a.float(), b.float()) == _gemm.EXACT
+        with tf32_products():
+            assert _gemm.tiles_for(M, N, a.float(), b.float()) == _gemm.TF32
+            assert _gemm.tiles_for(M, N, a.float(), b.float(), further=1) == _gemm.PLAIN_NARROW
 
 
 def test_swiglu_reads_the_halves_of_a_packed_weight_in_place(device, generator):
