@@ -22,8 +22,13 @@ from ditfast.layers.recompute import RECOMPUTE_POLICIES, policy_of_block
 from ditfast.layers.sit import SiT, SiT_models
 from ditfast.layers.transformer import DiffusionTransformer
 
+FAMILIES: dict[str, type[DiffusionTransformer]] = {cls.__name__: cls for cls in (DiT, SiT, LightningDiT, LargeDiT)}
+MODELS = {**DiT_models, **SiT_models, **LightningDiT_models, **LargeDiT_models}  # every preset, by its published name
+
 __all__ = [
     "BLOCK_VARIANTS",
+    "FAMILIES",
+    "MODELS",
     "RECOMPUTE_POLICIES",
     "Architecture",
     "Attention",

@@ -21,8 +21,8 @@ class Replays(torch.autograd.graph.saved_tensors_hooks):
     """A context, in which ops are run by `call`, and results that they may drop are not kept by any op.
 
     Any op inside that saves a dropped result, or a view of it, saves, unknowingly, the way to compute it again. The
-    result must be contiguous and not written to since, the view of its dtype; what else is saved is kept. Outer
-    saved-tensor hooks do not see this scope.
+    result must be contiguous, all of its storage, and not written to since, the view of its dtype; what else is saved
+    is kept. Outer saved-tensor hooks do not see this scope.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Replays(torch.autograd.graph.saved_tensors_hooks):
         """Has whoever saves one of these results of a replay, by number, save the way to it instead."""
         packed = tuple(None if t is None else self._pack(t) for t in inputs)
         for i, result in results.items():
-            if result.is_contiguous() and result.storage_offset() == 0:
+            if result.is_contiguous() and result.untyped_storage().nbytes() == result.nbytes:
                 dropped = _Dropped(replay, packed, i, (result.shape, result.stride(), 0))
                 self._dropped[_storage(result)] = weakref.ref(result), result._version, dropped
 

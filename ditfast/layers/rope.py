@@ -47,8 +47,9 @@ def _table(angles: Tensor) -> tuple[Tensor, Tensor]:
 class RotaryEmbedding(nn.Module):
     """The table of a grid of tokens for all blocks, (T, head_dim) with every angle twice, as LightningDiT's files hold.
 
-    kind: "rope_1d" over the flattened tokens, of which no file has a table, or "rope_2d". The table stays in float32
-    where the model is cast to 16 bits: in bfloat16 an angle would be wrong by up to 0.4 %.
+    kind: "rope_1d" over the flattened tokens, of which no file has a table, or "rope_2d", in the state dict: a file's
+    table, of float32 angles, takes the place of ours. It stays in float32 where the model is cast to 16 bits, since
+    bfloat16 has cosines to 0.4 % alone.
     """
 
     def __init__(self, kind: str, grid: tuple[int, int], head_dim: int):

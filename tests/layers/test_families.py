@@ -9,13 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from ditfast import reference
 from ditfast.config import PRECISIONS
 from ditfast.layers import (
+    FAMILIES,
+    MODELS,
     Architecture,
     DiffusionTransformer,
     DiT,
     DiT_models,
-    LargeDiT_models,
     LightningDiT,
-    LightningDiT_models,
     NormForm,
     SiT,
     SiT_models,
@@ -32,7 +32,6 @@ PUBLISHED = {  # parameters: features.md, and of LightningDiT the paper's 675M, 
     "LightningDiT-1p6B/1": 1_631_767_120,
     "SiT-XL/2": 675_129_632,
 }
-MODELS = {**SiT_models, **LightningDiT_models, **LargeDiT_models}
 
 
 def doubled(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -73,6 +72,13 @@ def test_gradients_equal_the_oracle(family):
 def test_published_parameters(name):
     with torch.device("meta"):
         assert count_parameters(MODELS[name]()) == PUBLISHED[name]
+
+
+def test_every_preset_is_of_its_family():
+    """What a configuration relies on: a preset is a family's class with arguments of its sizes."""
+    for name, preset in MODELS.items():
+        family, patch = name.partition("-")[0], int(name.rpartition("/")[2])
+        assert preset.func is FAMILIES[family] and preset.keywords.get("patch_size", 2) == patch
 
 
 def test_sizes_of_sit_are_those_of_dit():

@@ -47,6 +47,21 @@ def test_a_transposed_result_is_kept():
     assert torch.equal(dw, torch.sin(x).T)
 
 
+def test_a_result_that_is_part_of_another_is_kept(self):
+    """Its storage holds what may not be there the next time."""
+    x, w, whole = torch.randn(4, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True), []
+
+    def top(x):
+        whole.append(torch.sin(x))
+        return whole[0][:2] if len(whole) == 1 else whole[-1][:2].clone()
+
+    with (replays := Replays()):
+        part = replays.call(top, x, drop=(0,))
+        out = part * w + whole[0][2:] * w
+    (dw,) = torch.autograd.grad(out.sum(), w)
+    assert torch.equal(dw, torch.sin(x)[:2] + torch.sin(x)[2:])
+
+
 def test_what_is_dropped_is_gone():
     x, w = torch.randn(3, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
     with (replays := Replays()):
