@@ -31,7 +31,7 @@ def test_what_is_kept_and_written_to_is_an_error(drop):
         out.sum().backward()
 
 
-def test_a_part_of_a_result_is_kept():
+def test_a_part_of_a_result_is_dropped_with_it():
     x, w = torch.randn(4, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
     with (replays := Replays()):
         out = replays.call(torch.sin, x, drop=(0,))[2:] * w
@@ -39,7 +39,7 @@ def test_a_part_of_a_result_is_kept():
     assert torch.equal(dw, torch.sin(x)[2:])
 
 
-def test_a_transposed_result_is_kept():
+def test_a_transposed_result_is_dropped_with_it():
     x, w = torch.randn(3, 4, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     with (replays := Replays()):
         out = replays.call(torch.sin, x, drop=(0,)).T * w
@@ -47,7 +47,7 @@ def test_a_transposed_result_is_kept():
     assert torch.equal(dw, torch.sin(x).T)
 
 
-def test_a_result_that_is_part_of_another_is_kept(self):
+def test_a_result_that_is_part_of_another_is_kept():
     """Its storage holds what may not be there the next time."""
     x, w, whole = torch.randn(4, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True), []
 
