@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ditfast.layers import Architecture, DiT_models, LargeDiT_models, LightningDiT_models, SiT_models
+from ditfast.layers import Architecture, DiT_models, LargeDiT_models, LightningDiT_models, NormForm, SiT_models
 
-PUBLISHED = {**DiT_models, **SiT_models, **LargeDiT_models, **LightningDiT_models}
+PUBLISHED: dict[str, Any] = {**DiT_models, **SiT_models, **LargeDiT_models, **LightningDiT_models}
 
 # The demo's: 8 x 8 scans, minutes on a CPU.
 DIGITS: dict[str, Any] = {
@@ -58,10 +58,10 @@ def _leaves(architecture: Architecture) -> Iterator[tuple[str, Any]]:
     """The architecture's options by key; a norm's as `norm.kind` and so on."""
     for f in dataclasses.fields(architecture):
         value = getattr(architecture, f.name)
-        if dataclasses.is_dataclass(f.type):
+        if f.type is NormForm:
             yield from ((f"{f.name}.{key}", v) for key, v in dataclasses.asdict(value).items())
         else:
-            yield f.name, dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            yield f.name, dataclasses.asdict(value) if isinstance(value, NormForm) else value
 
 
 PRESETS: dict[str, Callable[[], dict[str, Any]]] = {

@@ -50,7 +50,7 @@ class DpmSolver:
         if key not in self._tables:
             self._tables[key] = torch.tensor(self.timesteps, device=noise.device), self._table.to(*key)
         step = partial(self._step, *self._tables[key], clip_denoised=clip_denoised, model_kwargs=model_kwargs or {})
-        x, last = noise.to(key[1]), ()
+        x, last = noise.to(key[1]), tuple[Tensor, ...]()
         for number, t in enumerate(self.timesteps):
             network = at_timestep(model, self.process.timestep_map[t])
             with torch.no_grad():

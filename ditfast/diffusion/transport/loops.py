@@ -83,8 +83,8 @@ class FixedSteps(ABC):
         """
         key = noise.device, torch.promote_types(noise.dtype, torch.float32)
         if key not in self._tables:
-            times = torch.tensor([t for step in self._times for t in step], dtype=torch.float64)
-            self._tables[key] = times.to(*key), self._table.to(*key)
+            flat = torch.tensor([t for step in self._times for t in step], dtype=torch.float64)
+            self._tables[key] = flat.to(*key), self._table.to(*key)
         advance = partial(_advance, *self._tables[key], model_kwargs=model_kwargs or {})
         x, number = noise.to(key[1]), 0
         for i, times in enumerate(self._times):
