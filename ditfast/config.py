@@ -222,18 +222,18 @@ class RunConfig:
             )
 
     def _check_process(self) -> None:
-        other, section = ("sit", self.transport) if self.process == "ddpm" else ("ddpm", self.diffusion)
+        owner, key, section = ("sit", "transport", self.transport)
+        if self.process == "sit":
+            owner, key, section = ("ddpm", "diffusion", self.diffusion)
         for name, value in _changed(section):
             raise ConfigError(
-                f"{'transport' if other == 'sit' else 'diffusion'}.{name} is {value!r}, an option of process {other}, "
-                f"but process is {self.process}; leave it out, or set process={other}"
+                f"{key}.{name} is {value!r}, an option of process {owner}, but process is {self.process}; leave it out, "
+                f"or set process={owner}"
             )
         if self.model.learn_sigma and self.model.returns_sigma != (self.process == "ddpm"):
             reads = "reads no variance" if self.process == "sit" else "reads the variance that the model learns"
-            raise ConfigError(
-                f"process {self.process} {reads}: set model.returns_sigma={str(self.process == 'ddpm').lower()}, or "
-                "model.learn_sigma=false"
-            )
+            wanted = f"model.returns_sigma={str(self.process == 'ddpm').lower()}"
+            raise ConfigError(f"process {self.process} {reads}: set {wanted}, or model.learn_sigma=false")
 
     def _check_sampler(self) -> None:
         name, options = self.sampler, self.sample

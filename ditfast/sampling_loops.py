@@ -98,27 +98,36 @@ def _by_solver(
 
 
 def _of_transport(config: RunConfig) -> Loop:
-    options = config.sample
-    sampler, shift = Sampler(build_transport(config.transport)), options.timestep_shift
+    make = _ode if config.sampler == "ode" else _sde
     try:
-        if config.sampler == "ode":
-            # The functions count points, of which there is one more than steps.
-            method = {"heun": "heun2"}.get(options.method, options.method)
-            loop = sampler.sample_ode(sampling_method=method, num_steps=options.steps + 1, timestep_shift=shift)
-        else:
-            last_step = None if options.last_step == "none" else options.last_step
-            loop = sampler.sample_sde(
-                sampling_method=options.method.title(),
-                diffusion_form=options.diffusion_form,
-                diffusion_norm=options.diffusion_norm,
-                last_step=last_step,
-                last_step_size=options.last_step_size,
-                num_steps=options.steps + (last_step is None),
-                timestep_shift=shift,
-            )
+        loop = make(Sampler(build_transport(config.transport)), config.sample)
     except ValueError as error:
-        raise ConfigError(f"sample.sampler {config.sampler} with sample.steps {options.steps}: {error}") from error
+        raise ConfigError(
+            f"sample.sampler {config.sampler} with sample.steps {config.sample.steps}: {error}"
+        ) from error
     return Loop(partial(_along_path, loop), loop.timesteps, 1.0)
+
+
+# The library counts points, of which there is one more than steps.
+
+
+def _ode(sampler: Sampler, options: SampleConfig) -> FixedSteps | OdeSolver:
+    method = {"heun": "heun2"}.get(options.method, options.method)
+    shift = options.timestep_shift
+    return sampler.sample_ode(sampling_method=method, num_steps=options.steps + 1, timestep_shift=shift)
+
+
+def _sde(sampler: Sampler, options: SampleConfig) -> FixedSteps | OdeSolver:
+    last_step = None if options.last_step == "none" else options.last_step
+    return sampler.sample_sde(
+        sampling_method=options.method.title(),
+        diffusion_form=options.diffusion_form,
+        diffusion_norm=options.diffusion_norm,
+        last_step=last_step,
+        last_step_size=options.last_step_size,
+        num_steps=options.steps + (last_step is None),
+        timestep_shift=options.timestep_shift,
+    )
 
 
 def _along_path(

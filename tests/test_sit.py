@@ -1,6 +1,5 @@
 """Process sit through the same commands as ddpm: what a step computes, resuming, samplers, and official files."""
 
-import json
 import math
 from pathlib import Path
 
@@ -100,10 +99,10 @@ class TestTraining:
             train(sit_run(overrides=change))
 
     @pytest.mark.parametrize(
-        "options", [{}, {"transport.cosine_loss": True, "transport.timestep_sampler": "lognormal"}]
+        "options", [[], ["--transport.cosine_loss=true", "--transport.timestep_sampler=lognormal"]], ids=len
     )
     def test_what_is_drawn_and_minimized_is_the_transports(self, options):
-        made = parse_config([f"--{k}={json.dumps(v)}" for k, v in options.items()], "digits-sit")
+        made = parse_config(options, "digits-sit")
         process, times, end = build_process(made)
         generators = (torch.Generator().manual_seed(3) for _ in range(2))
         t, weights = times.sample(50, generator=next(generators))
@@ -117,13 +116,14 @@ class TestSampling:
         {"sampler": "ode"},
         {"sampler": "ode", "method": "heun", "timestep_shift": 0.3, "guidance_interval": (0.3, 1.0)},
         {"sampler": "sde", "diffusion_form": "linear", "diffusion_norm": 0.5, "last_step": "Tweedie"},
-        {"sampler": "sde", "method": "heun", "last_step": "none", "diffusion_form": "SBDM", "batch_size": 2},
+        {"sampler": "sde", "method": "heun", "diffusion_form": "SBDM", "batch_size": 2},
+        {"sampler": "sde", "last_step": "none"},
     ]
 
     @pytest.mark.parametrize("ahead", [True, False])
     @pytest.mark.parametrize("options", OPTIONS, ids=str)
     def test_samples_are_those_of_the_official_functions(self, options, ahead):
-        """Of as many steps, from the same noise, guided by the model's own forward_with_cfg without an interval."""
+        """Of as many steps, from the same noise."""
         net, labels = network(), cycle_labels(3, None, 5)
         drawn = draw(net, config(**options, modulation_ahead=ahead), labels, seed=3)
         made, noise = Sampler(create_transport()), SampleNoise(3, range(3), (4, 8, 8), CPU)
@@ -133,8 +133,8 @@ class TestSampling:
                 sampling_method={"heun": "heun2"}.get(options.get("method"), "euler"), num_steps=5, **common
             )
         else:
-            last = options["last_step"]
-            forms = {k: v for k, v in options.items() if k.startswith("diffusion_")}
+            last = options.get("last_step", "Mean")
+            forms = {"diffusion_form": "sigma"} | {k: v for k, v in options.items() if k.startswith("diffusion_")}
             loop = made.sample_sde(
                 sampling_method=options.get("method", "euler").title(), num_steps=5 if last == "none" else 4,
                 last_step=None if last == "none" else last, **forms, **common,
@@ -176,7 +176,7 @@ class TestSampling:
 
 @pytest.mark.parametrize("arguments, message", [
     (["--transport.path", "GVP"], "transport.path is 'GVP', an option of process sit, but process is ddpm"),
-    (["--process", "sit"], "diffusion.noise_schedule is 'squaredcos_cap_v2', an option of process ddpm, but process is"),
+    (["--process", "sit"], "diffusion.noise_schedule is 'squaredcos_cap_v2', an option of process ddpm, but"),
     (["--sample.sampler", "sde"], "sample.sampler sde is of process sit"),
     (["--sample.method", "heun"], "sample.method is 'heun', an option of ode and sde"),
     (["--model.returns_sigma", "false"], "process ddpm reads the variance .* set model.returns_sigma=true"),
