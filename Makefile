@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 .PHONY: demo test test-full lint format clean
 
 demo: $(STAMP)
-	$(RUN) -m ditfast.cli demo $(if $(OUT),--out $(OUT))
+	$(RUN) -m ditfast.cli demo $(if $(PROCESS),--process $(PROCESS)) $(if $(OUT),--out $(OUT))
 
 test: $(STAMP) lint
 	$(RUN) -m pytest -q --durations=10

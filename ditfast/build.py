@@ -1,4 +1,4 @@
-"""From a configuration to its parts: dataset, model, diffusion process, and what losses and samplers call."""
+"""From a configuration to its parts: dataset, model, training process, and what losses and samplers call."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,10 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditfast.config import ConfigError, DiffusionConfig, ModelConfig, Precision, RunConfig
+from ditfast.config import ConfigError, DiffusionConfig, ModelConfig, Precision, RunConfig, TransportConfig
 from ditfast.data import Dataset, build_dataset
-from ditfast.diffusion import SpacedDiffusion, create_diffusion
-from ditfast.layers import DiT
+from ditfast.diffusion import (
+    SpacedDiffusion,
+    Transport,
+    create_diffusion,
+    create_named_schedule_sampler,
+    create_transport,
+)
+from ditfast.diffusion.timestep_sampler import TimestepSampler, TransportSampler
+from ditfast.layers import DiffusionTransformer
 
 
 def build_data(config: RunConfig) -> Dataset:
@@ -39,18 +46,52 @@ def resolve_model(model: ModelConfig, dataset: Dataset) -> ModelConfig:
     return dataclasses.replace(model, num_classes=classes, **found)
 
 
-def build_model(model: ModelConfig) -> DiT:
-    """A freshly initialized DiT, fp32; the configuration must have been resolved."""
-    missing = [n for n in ("input_size", "in_channels", "num_classes") if getattr(model, n) is None]
-    if missing:
-        raise ConfigError(f"model.{', model.'.join(missing)} must be set where there is no data to take it from")
-    return DiT(**dataclasses.asdict(model))
+def build_model(model: ModelConfig) -> DiffusionTransformer:
+    """A freshly initialized model, fp32; the configuration must have been resolved."""
+    if model.input_size is None or model.in_channels is None or model.num_classes is None:
+        missing = [f"model.{n}" for n in ("input_size", "in_channels", "num_classes") if getattr(model, n) is None]
+        raise ConfigError(f"{', '.join(missing)} must be set where there is no data to take it from")
+    return DiffusionTransformer(
+        model.architecture,
+        model.input_size,
+        model.in_channels,
+        model.class_dropout_prob,
+        model.num_classes,
+        model.learn_sigma,
+    )
 
 
 def build_diffusion(config: DiffusionConfig, learn_sigma: bool, respacing: str = "") -> SpacedDiffusion:
     """The diffusion process, all steps for training or respaced ("250", "ddim50") for sampling."""
     arguments = {k: v for k, v in dataclasses.asdict(config).items() if k != "timestep_sampler"}
     return create_diffusion(respacing, learn_sigma=learn_sigma, **arguments)
+
+
+def build_transport(config: TransportConfig) -> Transport:
+    """The interpolant of process sit. ConfigError for options that do not go together."""
+    try:
+        return create_transport(
+            config.path,
+            config.prediction,
+            config.loss_weight,
+            config.train_eps,
+            config.sample_eps,
+            use_lognorm=config.timestep_sampler == "lognormal",
+            use_cosine_loss=config.cosine_loss,
+            timestep_shift=config.timestep_shift,
+        )
+    except ValueError as error:
+        raise ConfigError(f"transport: {error}") from error
+
+
+def build_process(config: RunConfig) -> tuple[SpacedDiffusion | Transport, TimestepSampler, int]:
+    """What trains a run: the process, what draws its timesteps, and the end of their range 0 .. T or 0 .. 1."""
+    if config.process == "sit":
+        transport = build_transport(config.transport)
+        return transport, TransportSampler(transport), 1
+    diffusion = build_diffusion(config.diffusion, config.model.learn_sigma)
+    sampler = create_named_schedule_sampler(config.diffusion.timestep_sampler, diffusion)
+    return diffusion, sampler, diffusion.num_timesteps
 
 
 def predictor(model: Callable[..., Tensor], precision: Precision, device: torch.device) -> Callable[..., Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 USAGE = """usage: ditfast COMMAND [options]
 
-  train    train a DiT, or continue a run       ditfast train --preset digits --out runs/digits
+  train    train a model, or continue a run     ditfast train --preset digits --out runs/digits
   sample   draw images from a run or a file     ditfast sample runs/digits --count 100
   export   write a run in the official format   ditfast export runs/digits digits.pt
   demo     train, sample and judge digits       ditfast demo
@@ -25,7 +25,7 @@ def _train(arguments: list[str]) -> int:
     from ditfast.logs import setup_logging
     from ditfast.train import train
 
-    description = "Train a DiT, or continue the run in --out. Without a preset: digits."
+    description = "Train a model, or continue the run in --out. Without a preset: digits."
     config = parse_config(arguments, "digits", prog="ditfast train", description=description)
     setup_logging()
     train(config)
@@ -37,7 +37,11 @@ def _demo(arguments: list[str]) -> int:
     from ditfast.demo import demo
     from ditfast.logs import setup_logging
 
-    config = parse_config(["--out=runs/demo", *arguments], "digits", prog="ditfast demo")
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--process")
+    sit = peek.parse_known_args(arguments)[0].process == "sit"
+    preset, out = ("digits-sit", "runs/demo-sit") if sit else ("digits", "runs/demo")
+    config = parse_config([f"--out={out}", *arguments], preset, prog="ditfast demo")
     setup_logging()
     passed = demo(config)
     print((Path(config.out) / "report.md").read_text())
@@ -61,6 +65,7 @@ def _sample(arguments: list[str]) -> int:
     pre.add_argument("--tuned", help="a file of measured kernel configs, of `python -m ditfast.kernels tune`")
     pre.add_argument("--precision", help="fp32, bf16, ...; the run's own by default")
     pre.add_argument("--config", help="for a weight file: the YAML of the run that it was exported from")
+    pre.add_argument("--process", choices=("ddpm", "sit"), help="for a weight file: sit says that it is a SiT's")
     pre.add_argument("--unconditional", help="weights of a second network that guides the first (two-network guidance)")
     pre.epilog = "Options of the sampler, by default the run's: " + ", ".join(f"--{key}" for key in keys(SampleConfig))
     options, rest = pre.parse_known_args(arguments)
@@ -70,12 +75,16 @@ def _sample(arguments: list[str]) -> int:
     device = pick_device(options.device)
     if options.tuned:
         kernels.use_tuned(options.tuned)
-    weights = sampling.open_weights(options.weights, options.config)
+    weights = sampling.open_weights(options.weights, options.config, options.process)
     config = dataclasses.replace(weights.config, sample=parse_sample(rest, weights.config.sample))
     network = sampling.load_network(weights, device, options.precision, config.sample.ema)
     uncond = None
     if options.unconditional:
-        uncond = sampling.load_network(sampling.open_weights(options.unconditional), device, options.precision)
+        is_run = Path(options.unconditional).is_dir()
+        other = sampling.open_weights(options.unconditional, process=None if is_run else config.process)
+        if other.config.process != config.process:
+            raise ConfigError(f"--unconditional is of process {other.config.process}, the first of {config.process}")
+        uncond = sampling.load_network(other, device, options.precision)
     labels = sampling.cycle_labels(options.count, options.classes, network.num_classes)
     started = time.perf_counter()
     samples = sampling.draw(

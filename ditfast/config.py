@@ -5,82 +5,24 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
-import torch
 import yaml
 
 from ditfast.files import replacing
-from ditfast.kernels.tf32 import tf32_products
-from ditfast.layers.dit import SIZES
+from ditfast.layers import Architecture
 from ditfast.layers.recompute import RECOMPUTE_POLICIES, policy_of_block
+from ditfast.precision import PRECISIONS as PRECISIONS
+from ditfast.precision import Precision as Precision
+from ditfast.presets import PRESETS as PRESETS
 
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names the option, what was given and what is expected."""
-
-
-@dataclass(frozen=True)
-class Precision:
-    """The one place that says which dtype what is held and computed in.
-
-    `official` policies (fp32, tf32, bf16, fp16) reproduce autocast: fp32 weights and residual stream, norm and modulate
-    in fp32, matrix products and attention in the compute dtype. `fast` policies keep the weights that the model reads,
-    the stream and the gradients in the compute dtype, with fp32 statistics inside the norms and fp32 master weights,
-    moments and EMA in the optimizer.
-
-    Attributes: dtype of parameters, residual stream, compute (GEMMs, attention), gradients, optimizer state, EMA; and
-    whether float32 products are in TF32, as the official training allows them to be on a GPU.
-    """
-
-    params: torch.dtype = torch.float32
-    stream: torch.dtype = torch.float32
-    compute: torch.dtype = torch.float32
-    grads: torch.dtype = torch.float32
-    optimizer: torch.dtype = torch.float32
-    ema: torch.dtype = torch.float32
-    tf32: bool = False
-
-    @property
-    def scales_loss(self) -> bool:
-        """fp16 gradients underflow without a loss scale."""
-        return self.compute is torch.float16
-
-    @contextmanager
-    def autocast(self, device: torch.device | str) -> Iterator[None]:
-        """The context of a forward; autocast is off in it where the parameters already have the compute dtype."""
-        enabled = self.compute is not self.params
-        kind = torch.device(device).type
-        with torch.autocast(kind, dtype=self.compute if enabled else None, enabled=enabled), self.products():
-            yield
-
-    def products(self) -> AbstractContextManager[None]:
-        """The context of a backward, which autocast is not for: float32 products in TF32, or as PyTorch is set."""
-        return tf32_products() if self.tf32 else nullcontext()
-
-    def apply(self, model: Any) -> Any:
-        """Casts a DiT's parameters and sets the dtype of its residual stream; returns the model."""
-        model.stream_dtype = self.stream
-        return model.to(self.params)
-
-
-def _fast(dtype: torch.dtype) -> Precision:
-    return Precision(params=dtype, stream=dtype, compute=dtype, grads=dtype)
-
-
-PRECISIONS = {
-    "fp32": Precision(),
-    "tf32": Precision(tf32=True),
-    "bf16": Precision(compute=torch.bfloat16),
-    "fp16": Precision(compute=torch.float16),
-    "bf16-fast": _fast(torch.bfloat16),
-    "fp16-fast": _fast(torch.float16),
-}
 
 
 def checked_precision(name: str) -> str:
@@ -90,26 +32,27 @@ def checked_precision(name: str) -> str:
     return name
 
 
-@dataclass
-class ModelConfig:
-    """Shape of the DiT. `input_size`, `in_channels` and `num_classes` left at None are taken from the data."""
+@dataclass(frozen=True)
+class ModelConfig(Architecture):
+    """The transformer: its architecture, and what the data decides.
 
-    patch_size: int = 2
-    hidden_size: int = 1152
-    depth: int = 28
-    num_heads: int = 16
-    mlp_ratio: float = 4.0
+    `input_size`, `in_channels` and `num_classes` left at None are taken from the data.
+    """
+
     class_dropout_prob: float = 0.1
     learn_sigma: bool = True
-    block: Literal["adaln_zero", "adaln", "cross_attention", "in_context"] = "adaln_zero"
     input_size: tuple[int, int] | None = None  # (height, width) of what the model sees
     in_channels: int | None = None
     num_classes: int | None = None
 
+    @property
+    def architecture(self) -> Architecture:
+        return Architecture(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Architecture)})
+
 
 @dataclass
 class DiffusionConfig:
-    """The training process; the arguments of `ditfast.diffusion.create_diffusion`."""
+    """Process ddpm; the arguments of `ditfast.diffusion.create_diffusion`."""
 
     noise_schedule: str = "linear"
     diffusion_steps: int = 1000
@@ -118,6 +61,20 @@ class DiffusionConfig:
     sigma_small: bool = False
     rescale_learned_sigmas: bool = False
     timestep_sampler: Literal["uniform", "loss-second-moment"] = "uniform"
+
+
+@dataclass
+class TransportConfig:
+    """Process sit; the arguments of `ditfast.diffusion.create_transport`."""
+
+    path: Literal["Linear", "GVP", "VP"] = "Linear"
+    prediction: Literal["velocity", "noise", "score"] = "velocity"
+    loss_weight: Literal["none", "velocity", "likelihood"] = "none"  # of a noise or score
+    train_eps: float | None = None  # how far training stays away from both ends of the path; null for the path's own
+    sample_eps: float | None = None  # and sampling
+    timestep_sampler: Literal["uniform", "lognormal"] = "uniform"
+    cosine_loss: bool = False  # adds the loss of the velocity's direction
+    timestep_shift: float = 1.0  # of the training times; below 1 towards the noise
 
 
 @dataclass
@@ -152,13 +109,19 @@ class OptimConfig:
 class SampleConfig:
     """How samples are drawn, by `ditfast sample` and for the grids during training."""
 
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    sampler: str | None = None  # one of SAMPLERS or diffusers:CLASS; null is ddpm, of process sit ode
     steps: int = 250
     guidance_scale: float = 4.0  # 1 is no guidance
     guidance_channels: int | None = 3  # the official form guides 3 channels; null guides all
-    guidance_interval: tuple[float, float] | None = None  # guide only while t / T is in [low, high)
+    guidance_interval: tuple[float, float] | None = None  # of t / T, or sit's t: guides only inside [low, high)
     eta: float = 0.0  # DDIM's noise level
     clip_denoised: bool = False
+    method: Literal["euler", "heun", "dopri5"] = "euler"  # of ode and sde; dopri5, of ode, chooses its steps itself
+    timestep_shift: float = 1.0  # of ode and sde: below 1, steps are denser near the noise
+    diffusion_form: Literal["constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing"] = "sigma"
+    diffusion_norm: float = 1.0  # with the form: how much noise an SDE adds
+    last_step: Literal["none", "Mean", "Tweedie", "Euler"] = "Mean"  # of an SDE, without noise
+    last_step_size: float = 0.04
     batch_size: int = 64
     ema: float | None = None  # which EMA rate's weights; null takes the first, 0 the raw weights
     cuda_graph: bool = False  # replays the sampler's steps on a GPU without Python
@@ -184,7 +147,7 @@ class TrainConfig:
     tensorboard: bool = True
 
 
-POSITIVE, BELOW_ONE, ANY = 5e-324, 1 - 1e-12, float("inf")
+POSITIVE, BELOW_HALF, BELOW_ONE, ANY = 5e-324, 0.5 - 1e-12, 1 - 1e-12, float("inf")
 LIMITS: dict[str, tuple[float, float]] = {  # the smallest and the largest value of what is not free
     "seed": (0, 2**63 - 1), "data.workers": (0, ANY), "data.image_size": (1, ANY),
     "optim.lr": (POSITIVE, ANY), "optim.beta1": (0, BELOW_ONE), "optim.beta2": (0, BELOW_ONE), "optim.eps": (0, ANY),
@@ -194,6 +157,20 @@ LIMITS: dict[str, tuple[float, float]] = {  # the smallest and the largest value
     "train.sample_every": (0, ANY), "train.save_every": (1, ANY), "train.keep": (1, ANY),
     "sample.steps": (1, ANY), "sample.batch_size": (1, ANY), "sample.guidance_scale": (0, ANY), "sample.eta": (0, 1),
     "sample.guidance_channels": (1, ANY), "sample.guidance_interval": (0, 1),
+    "sample.timestep_shift": (POSITIVE, ANY), "transport.timestep_shift": (POSITIVE, ANY),
+    "sample.diffusion_norm": (0, ANY), "sample.last_step_size": (0, BELOW_ONE),
+    "transport.train_eps": (0, BELOW_HALF), "transport.sample_eps": (0, BELOW_HALF),
+}  # fmt: skip
+
+
+# The process that a sampler is of, and the samplers that an option of SampleConfig is for.
+SAMPLERS = {
+    "ddpm": "ddpm", "ddim": "ddpm", "ode": "sit", "sde": "sit", "dpm-solver++": "ddpm", "diffusers": "ddpm",
+}  # fmt: skip
+SAMPLER_OPTIONS = {
+    "eta": ("ddim",), "clip_denoised": ("ddpm", "ddim", "dpm-solver++", "diffusers"),
+    "method": ("ode", "sde"), "timestep_shift": ("ode", "sde"),
+    **dict.fromkeys(("diffusion_form", "diffusion_norm", "last_step", "last_step_size"), ("sde",)),
 }  # fmt: skip
 
 
@@ -202,12 +179,14 @@ class RunConfig:
     """Everything that defines a run; saved with it as config.yaml."""
 
     out: str = "runs/default"
+    process: Literal["ddpm", "sit"] = "ddpm"  # noise by `diffusion`, or SiT's by `transport`
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     deterministic: bool = False
     tuned: str | None = None  # a file of `python -m ditfast.kernels tune`; null keeps the kernels' pinned configs
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    transport: TransportConfig = field(default_factory=TransportConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -219,6 +198,13 @@ class RunConfig:
             policy_of_block(self.train.recompute, 0)
         except ValueError as error:
             raise ConfigError(f"train.{error}{nearest(str(self.train.recompute), RECOMPUTE_POLICIES)}") from error
+        if not self.out:
+            raise ConfigError("out is empty; name the run's directory, for instance --out runs/mine")
+        self._check_numbers()
+        self._check_process()
+        self._check_sampler()
+
+    def _check_numbers(self) -> None:
         for key, (low, high) in LIMITS.items():
             section, _, name = key.rpartition(".")
             value = getattr(getattr(self, section) if section else self, name)
@@ -226,8 +212,6 @@ class RunConfig:
                 if number is not None and not low <= number <= high:
                     bounds = f"at least {low:g}" if high == ANY else f"in {low:g} .. {high:g}"
                     raise ConfigError(f"{key} must be {bounds}, got {value}")
-        if not self.out:
-            raise ConfigError("out is empty; name the run's directory, for instance --out runs/mine")
         interval = self.sample.guidance_interval
         if interval is not None and not interval[0] < interval[1]:
             raise ConfigError(f"sample.guidance_interval must be [low, high] with low < high, got {list(interval)}")
@@ -237,40 +221,61 @@ class RunConfig:
                 "the run would end in its warm-up"
             )
 
+    def _check_process(self) -> None:
+        owner, key, section = ("sit", "transport", self.transport)
+        if self.process == "sit":
+            owner, key, section = ("ddpm", "diffusion", self.diffusion)
+        for name, value in _changed(section):
+            raise ConfigError(
+                f"{key}.{name} is {value!r}, an option of process {owner}, but process is {self.process}; leave it out, "
+                f"or set process={owner}"
+            )
+        if self.model.learn_sigma and self.model.returns_sigma != (self.process == "ddpm"):
+            reads = "reads no variance" if self.process == "sit" else "reads the variance that the model learns"
+            wanted = f"model.returns_sigma={str(self.process == 'ddpm').lower()}"
+            raise ConfigError(f"process {self.process} {reads}: set {wanted}, or model.learn_sigma=false")
+
+    def _check_sampler(self) -> None:
+        name, options = self.sampler, self.sample
+        kind = "diffusers" if name.startswith("diffusers:") else name
+        if kind not in SAMPLERS or name == "diffusers":
+            raise ConfigError(
+                f"sample.sampler must be one of {', '.join(SAMPLERS)}:CLASS, got {name!r}{nearest(name, SAMPLERS)}"
+            )
+        if SAMPLERS[kind] != self.process:
+            own = ", ".join(known for known, process in SAMPLERS.items() if process == self.process)
+            raise ConfigError(
+                f"sample.sampler {name} is of process {SAMPLERS[kind]}, but process is {self.process}, which has {own}"
+            )
+        for option, value in _changed(options):
+            if kind not in (owners := SAMPLER_OPTIONS.get(option, (kind,))):
+                raise ConfigError(
+                    f"sample.{option} is {value!r}, an option of {' and '.join(owners)}, but the sampler is {name}; "
+                    f"leave it at {getattr(SampleConfig, option)!r}"
+                )
+        if options.method == "dopri5":
+            if kind == "sde":
+                raise ConfigError("sample.method dopri5 solves the ode, but sample.sampler is sde: take euler or heun")
+            if options.timestep_shift != 1 or options.cuda_graph:
+                option = "cuda_graph" if options.cuda_graph else "timestep_shift"
+                raise ConfigError(f"sample.{option} needs steps that are known ahead: take sample.method euler or heun")
+        if kind == "diffusers" and options.cuda_graph:
+            raise ConfigError("sample.cuda_graph cannot hold the steps of diffusers, which run in Python; leave it off")
+
+    @property
+    def sampler(self) -> str:
+        """The sampler by name; by default the process's first."""
+        return self.sample.sampler or next(name for name, process in SAMPLERS.items() if process == self.process)
+
     @property
     def precision(self) -> Precision:
         return PRECISIONS[self.train.precision]
 
 
-def _published(size: str, patch: int, pixels: int) -> dict[str, Any]:
-    """A size of the paper at `pixels` squared, on latents an eighth of that, from fast-DiT's feature folders."""
-    depth, width, heads = SIZES[size]
-    return {
-        "model.depth": depth, "model.hidden_size": width, "model.num_heads": heads, "model.patch_size": patch,
-        "model.input_size": (pixels // 8, pixels // 8), "model.in_channels": 4, "model.num_classes": 1000,
-        "data.kind": "features", "out": f"runs/DiT-{size}-{patch}-{pixels}",
-    }  # fmt: skip
-
-
-# Overrides of RunConfig's defaults, by dotted key. The digits preset is the demo: 8 x 8 scans, minutes on a CPU.
-PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {
-        "out": "runs/digits", "data.kind": "digits",
-        "model.patch_size": 2, "model.hidden_size": 128, "model.depth": 4, "model.num_heads": 4,
-        "diffusion.noise_schedule": "squaredcos_cap_v2",
-        "optim.lr": 2e-3, "optim.schedule": "cosine", "optim.warmup_steps": 100, "optim.clip_norm": 1.0,
-        "optim.ema_rates": [0.999], "optim.ema_warmup": True,
-        "train.steps": 1000, "train.batch_size": 128, "train.precision": "fp32",
-        "train.recompute": "none",  # memory does not matter here, and `ops` would cost 8 % of a step or more
-        "train.log_every": 50, "train.sample_every": 500, "train.save_every": 500,
-        "sample.sampler": "ddim", "sample.steps": 50, "sample.guidance_scale": 2.0, "sample.guidance_channels": None,
-        "sample.batch_size": 100, "sample.clip_denoised": True,
-    },
-    **{
-        f"DiT-{size}/{patch}" + ("" if pixels == 256 else f"@{pixels}"): _published(size, patch, pixels)
-        for size in SIZES for patch in (2, 4, 8) for pixels in (256, 512)
-    },
-}  # fmt: skip
+def _changed(section: Any) -> list[tuple[str, Any]]:
+    """(name, value) of the options that are not at their defaults."""
+    values = ((f.name, getattr(section, f.name), f.default) for f in dataclasses.fields(section))
+    return [(name, value) for name, value, default in values if value != default]
 
 
 def nearest(word: str, known: Any) -> str:
@@ -283,7 +288,7 @@ def preset(name: str) -> dict[str, Any]:
     """The overrides of a preset, by dotted key; ConfigError names the nearest one for an unknown name."""
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}{nearest(name, PRESETS) or '; known: ' + ', '.join(PRESETS)}")
-    return PRESETS[name]
+    return PRESETS[name]()
 
 
 def keys(cls: Any = RunConfig, prefix: str = "") -> list[str]:
@@ -356,6 +361,10 @@ def _instantiate(made: jsonargparse.ArgumentParser, parse: Callable[[], Any], cl
         parsed = made.instantiate(parse())
     except argparse.ArgumentError as error:
         raise ConfigError(_explain(str(error), keys(cls))) from error
+    except ConfigError:
+        raise
+    except ValueError as error:  # of the architecture
+        raise ConfigError(f"model.{error}") from error
     return cls(**{f.name: parsed[f.name] for f in dataclasses.fields(cls)})
 
 

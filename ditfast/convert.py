@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from ditfast.files import replacing
 from ditfast.layers.dit import SIZES
+from ditfast.layers.large_dit import LargeDiT_models
+from ditfast.layers.lightning_dit import LightningDiT_models
 
 LABELS = "y_embedder.embedding_table.weight"
+SWIGLU = "blocks.0.mlp.w12.weight"  # which no DiT has
 _LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
 _NDIMS = {
     "x_embedder.proj.weight": 4, "pos_embed": 3, LABELS: 2, "blocks.0.mlp.fc1.weight": 2, "final_layer.linear.weight": 2
@@ -83,9 +86,12 @@ def infer_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Constructor arguments of the official DiT that these weights fit, and `preset`, its name in DiT_models.
 
     What shapes do not tell is None: num_heads and preset of a size that is not published, input_size when the number of
-    tokens is no square. num_classes takes the last row of the label table for the null class.
-    Raises ConvertError when the weights are not those of an adaLN-Zero DiT.
+    tokens is no square. num_classes takes the last row of the label table for the null class. SiT's weights are a DiT's
+    by name and shape. Those with a SwiGLU are a LargeDiT's or a LightningDiT's: of these `_infer_swiglu` tells less.
+    Raises ConvertError when the weights are of none of them.
     """
+    if SWIGLU in state:
+        return _infer_swiglu(state)
     depth = 1 + max((int(match[1]) for name in state if (match := _BLOCK.match(name))), default=-1)
     missing = [name for name in official_keys(max(depth, 1)) if name not in state]
     if missing:
@@ -119,6 +125,34 @@ def infer_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_classes": state[LABELS].shape[0] - 1,
         "learn_sigma": state["final_layer.linear.weight"].shape[0] == 2 * in_channels * patch_size**2,
     }
+
+
+def _infer_swiglu(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """preset, and options of `ModelConfig` that differ from its; input_size None of a LargeDiT, which fits any."""
+    depth = 1 + max(int(match[1]) for name in state if (match := _BLOCK.match(name)))
+    needed = ("x_embedder.proj.weight", LABELS, "final_layer.linear.weight")
+    if missing := [name for name in needed if name not in state or state[name].ndim < 2]:
+        raise ConvertError(f"not the state dict of a LargeDiT or LightningDiT: {_some(missing)} missing or no matrix")
+    hidden_size, in_channels, patch_size = state[needed[0]].shape[:3]
+    tokens = state["pos_embed"].shape[1] if "pos_embed" in state else None
+    models = LightningDiT_models if tokens else LargeDiT_models
+    side = round(tokens**0.5) if tokens else None
+    shape = {"depth": depth, "hidden_size": hidden_size}
+    names = (
+        name
+        for name, make in models.items()
+        if name.endswith(f"/{patch_size}") and all(make.keywords[key] == value for key, value in shape.items())
+    )
+    found = {
+        "preset": next(names, None),
+        "input_size": side * patch_size if side and side * side == tokens else None,
+        "in_channels": in_channels,
+        "num_classes": state[LABELS].shape[0] - 1,
+        "learn_sigma": state[needed[2]].shape[0] == 2 * in_channels * patch_size**2,
+    }
+    if tokens and "blocks.0.attn.q_norm.weight" in state:
+        found["qk_norm"] = {"kind": "rms", "weight": True}
+    return found
 
 
 def fit_state_dict(

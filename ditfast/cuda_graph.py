@@ -119,9 +119,9 @@ class CudaGraph:
 class StepGraph:
     """Steps of sampling loops as CUDA graphs, each the networks, their guidance, the update and the write of x.
 
-    A `run_step` of the loops in `diffusion/samplers.py`, given y (B,) and noise_fn beside; all loops must be of one
-    sampler and one model. Noise is drawn before the replay. The x that a step returns is the memory that the next one
-    reads and writes: copy what shall last.
+    A `run_step` of the loops in `ditfast.diffusion`, given y (B,) and noise_fn beside, which a step without noise may
+    have as None; all loops must be of one sampler and one model. Noise is drawn before the replay. The x that a step
+    returns is the memory that the next one reads and writes: copy what shall last.
     """
 
     def __init__(self, option: str, device: torch.device):
@@ -130,7 +130,14 @@ class StepGraph:
         self._steps: dict[Hashable, Callable[..., Step]] = {}
 
     def __call__(
-        self, step: Callable[..., Step], model: Model, x: Tensor, t: Tensor, *, y: Tensor, noise_fn: TensorFn
+        self,
+        step: Callable[..., Step],
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        *more: Tensor,
+        y: Tensor,
+        noise_fn: TensorFn | None,
     ) -> Step:
         if x.shape not in self._x:
             self._x[x.shape] = torch.empty_like(x)
@@ -138,12 +145,15 @@ class StepGraph:
         if x is not own:  # a loop begins
             own.copy_(x)
         # With an interval a guidance has a callable of its own for every step: of two kinds, guided or not.
-        form: Any = getattr(model, "__func__", type(model))
+        form: Any = getattr(model, "__func__", type(model)), len(more)
         self._steps[form] = partial(step, model)
-        return {"sample": own, "pred_xstart": self._graph(t, y, noise_fn(own), form=form)}
+        noise = () if noise_fn is None else (noise_fn(own),)
+        return {"sample": own, "pred_xstart": self._graph(t, y, *more, *noise, form=form, shape=x.shape)}
 
-    def _advance(self, t: Tensor, y: Tensor, noise: Tensor, form: Hashable) -> Tensor:
-        x = self._x[noise.shape]
-        out = self._steps[form](x, t, noise_fn=lambda _: noise, model_kwargs={"y": y})
+    def _advance(self, t: Tensor, y: Tensor, *tensors: Tensor, form: tuple[Any, int], shape: torch.Size) -> Tensor:
+        x = self._x[shape]
+        more, noise = tensors[: form[1]], tensors[form[1] :]
+        options = {"noise_fn": (lambda _: noise[0]) if noise else None, "model_kwargs": {"y": y}}
+        out = self._steps[form](x, t, *more, **options)
         x.copy_(out["sample"])
         return out["pred_xstart"]

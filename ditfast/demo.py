@@ -1,5 +1,9 @@
-"""The demo: learns scanned digits from nothing, draws 400, and lets a classifier that knows real digits judge them."""
+"""The demo: learns scanned digits from nothing, draws 400, and lets a classifier that knows real digits judge them.
 
+Of process sit it draws by the ODE and by the SDE, and both must pass.
+"""
+
+import dataclasses
 import json
 import time
 from dataclasses import dataclass
@@ -10,14 +14,14 @@ import torch
 from torch import Tensor
 
 from ditfast import checkpoint
-from ditfast.config import ConfigError, RunConfig
+from ditfast.config import SAMPLER_OPTIONS, ConfigError, RunConfig, SampleConfig
 from ditfast.data import Digits
 from ditfast.distributed import pick_device
 from ditfast.logs import log
 from ditfast.sample import cycle_labels, draw, load_network, open_weights, write
 from ditfast.train import train
 
-COUNT = 400
+COUNT, COLUMNS = 400, 20
 REQUIRED, REQUIRED_WORST = 0.95, 0.85
 
 
@@ -51,14 +55,30 @@ def demo(config: RunConfig) -> bool:
     trained = time.perf_counter()
     network = load_network(open_weights(out), pick_device(config.device), ema=config.sample.ema)
     labels = cycle_labels(COUNT, None, 10).sort().values
-    samples = draw(network, config, labels, seed=config.seed)
+    drawn, judged = [], {}
+    for run in _by_sampler(config):
+        drawn.append(draw(network, run, labels, seed=config.seed))
+        judged[run.sampler] = judge(drawn[-1], labels)
     sampled = time.perf_counter()
-    write(out, samples, labels)
-    judgement = judge(samples, labels)
+    # Beside each other: a row of the grid has COLUMNS samples of each sampler.
+    side_by_side = torch.stack([x.unflatten(0, (-1, COLUMNS)) for x in drawn], dim=1).flatten(0, 2)
+    asked = labels.unflatten(0, (-1, 1, COLUMNS)).expand(-1, len(drawn), -1).flatten()
+    write(out, side_by_side, asked, columns=COLUMNS * len(drawn))
     loss_curve(out / "log.jsonl", out / "loss.png")
-    (out / "report.md").write_text(report(config, judgement, trained - started if fresh else None, sampled - trained))
+    (out / "report.md").write_text(report(config, judged, trained - started if fresh else None, sampled - trained))
     log.info("read %s", ", ".join(str(out / n) for n in ("report.md", "grid.png", "samples.npz", "loss.png")))
-    return judgement.passed
+    return all(judgement.passed for judgement in judged.values())
+
+
+def _by_sampler(config: RunConfig) -> list[RunConfig]:
+    """The configurations to draw by: of process ddpm the configured sampler, of sit the ODE and the SDE."""
+    if config.process == "ddpm":
+        return [config]
+    options = {name: dataclasses.replace(config.sample, sampler=name) for name in ("ode", "sde")}
+    if config.sampler == "sde":  # whose own options the ODE has not
+        own = [name for name, samplers in SAMPLER_OPTIONS.items() if samplers == ("sde",)]
+        options["ode"] = dataclasses.replace(options["ode"], **{name: getattr(SampleConfig, name) for name in own})
+    return [dataclasses.replace(config, sample=sample) for sample in options.values()]
 
 
 def _arrays(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +124,12 @@ def loss_curve(records: Path, path: Path) -> None:
 
     rows = [json.loads(line) for line in records.read_text().splitlines()]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for key, label in (("loss", "loss"), ("mse", "prediction error"), ("vb", "variational bound")):
+    for key, label in (
+        ("loss", "loss"),
+        ("mse", "prediction error"),
+        ("vb", "variational bound"),
+        ("cos", "direction"),
+    ):
         if key in rows[0]:
             axes.plot([r["step"] for r in rows], [r[key] for r in rows], label=label)
     axes.set(xlabel="step", ylabel="mean over the logged window", yscale="log", title="Training on digits")
@@ -114,19 +139,28 @@ def loss_curve(records: Path, path: Path) -> None:
     pyplot.close(figure)
 
 
-def report(config: RunConfig, judged: Judgement, train_seconds: float | None, sample_seconds: float) -> str:
+def report(config: RunConfig, judged: dict[str, Judgement], train_seconds: float | None, sample_seconds: float) -> str:
     took = "" if train_seconds is None else f" in {train_seconds:.0f} s"
+    passed, options, first = all(j.passed for j in judged.values()), config.sample, next(iter(judged.values()))
+    verdicts = "".join(_verdict(name, judgement) for name, judgement in judged.items())
+    sides = ", by ODE on the left and by SDE on the right" if len(judged) > 1 else ""
+    return f"""# Digits demo: {"passed" if passed else "FAILED"}
+
+{verdicts}- Required: {REQUIRED:.0%} of all, {REQUIRED_WORST:.0%} of each class. The classifier reads
+  {first.classifier:.1%} of held-out real digits.
+- Trained {config.train.steps} steps of {config.train.batch_size}{took} (process {config.process},
+  {config.train.precision}); sampled in {sample_seconds:.0f} s ({options.steps} steps, guidance
+  {options.guidance_scale}).
+
+grid.png: 40 samples of each digit{sides}. loss.png: the loss.
+samples.npz: `arr_0` uint8 (N, H, W, C), `labels` (N,).
+"""
+
+
+def _verdict(sampler: str, judged: Judgement) -> str:
     per_class = " ".join(f"{k}: {share:.0%}" for k, share in enumerate(judged.per_class))
-    return f"""# Digits demo: {"passed" if judged.passed else "FAILED"}
-
-- {judged.accuracy:.1%} of {COUNT} samples are read as their class (required: {REQUIRED:.0%}); the classifier reads
-  {judged.classifier:.1%} of held-out real digits.
-- By class: {per_class} (required: {REQUIRED_WORST:.0%} each).
-- Not copies: a sample is {judged.sample_distance:.1f} grey levels from its nearest training image (median), a held-out
+    return f"""- {sampler.upper()}: {judged.accuracy:.1%} of {COUNT} samples are read as their class.
+  By class: {per_class}.
+  Not copies: a sample is {judged.sample_distance:.1f} grey levels from its nearest training image (median), a held-out
   real digit {judged.heldout_distance:.1f}.
-- Trained {config.train.steps} steps of {config.train.batch_size}{took} ({config.train.precision});
-  sampled in {sample_seconds:.0f} s ({config.sample.sampler.upper()}, {config.sample.steps} steps, guidance
-  {config.sample.guidance_scale}).
-
-grid.png: 40 samples of each digit. loss.png: the loss. samples.npz: `arr_0` uint8 (N, H, W, C), `labels` (N,).
 """

@@ -55,9 +55,9 @@ def peak_memory(device: torch.device) -> int:
 
 
 class LossWindow:
-    """Sums of the losses since the last reading, in all and by timestep."""
+    """Sums of the losses since the last reading, in all and by timestep in 0 .. num_timesteps; 1 for real times."""
 
-    TERMS = ("loss", "mse", "vb")
+    TERMS = ("loss", "mse", "vb", "cos")
     BINS = 10  # equal slices of the timesteps
 
     def __init__(self, num_timesteps: int, device: torch.device) -> None:
@@ -71,7 +71,7 @@ class LossWindow:
         self.terms = [name for name in self.TERMS if name in terms]
         zero = self.sums.new_zeros(())
         totals = [(terms[name].double() * weights).sum() if name in terms else zero for name in self.TERMS]
-        member = self._bins == t * self.BINS // self.num_timesteps
+        member = self._bins == (t * self.BINS // self.num_timesteps).clamp(max=self.BINS - 1)  # t = 1 is in the last
         # Not a matrix product: an infinite loss must not reach the other bins as 0 * inf.
         losses = torch.where(member, terms["loss"].double(), zero).sum(dim=1)
         self.sums += torch.cat([torch.stack(totals), losses, member.sum(dim=1)])

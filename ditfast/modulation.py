@@ -22,7 +22,8 @@ class ModulationTable:
     What a call reads stays in its place over all steps and loops, as a CUDA graph needs it.
 
     Args:
-        modulations: original timesteps (R,) and labels (R,) -> modulation (R, W), as `DiT.modulations`.
+        modulations: timesteps (R,), original ones or a transport's, and labels (R,) -> modulation (R, W), as
+            `DiffusionTransformer.modulations`.
         num_labels: labels are 0 .. num_labels - 1.
         most: so many different ones, at most, occur in a loop.
         device: where to compute.
@@ -41,13 +42,13 @@ class ModulationTable:
     ):
         self.modulations, self.most, self.device = modulations, most, device
         self.row_bytes, self.limit = row_bytes, limit
-        self.timesteps: list[int] = []
+        self.timesteps: list[float] = []
         self.classes = torch.empty(0, dtype=torch.int64)
         self._row = torch.empty(num_labels, dtype=torch.int64, device=device)
         self._now: Tensor | None = None
 
-    def begin(self, timesteps: Sequence[int], classes: Tensor) -> None:
-        """A loop over original timesteps, best in its order, in which the different labels (K,), on the CPU, occur.
+    def begin(self, timesteps: Sequence[float], classes: Tensor) -> None:
+        """A loop over timesteps, best in its order, in which the different labels (K,), on the CPU, occur.
 
         What was computed for the same timesteps and labels stays. ValueError for more labels than `most`.
         """
@@ -65,8 +66,8 @@ class ModulationTable:
         self._first: int | None = None
         self._table = torch.empty(0)
 
-    def go_to(self, t: int) -> None:
-        """Chooses the rows of original timestep t."""
+    def go_to(self, t: float) -> None:
+        """Chooses the rows of timestep t."""
         step = self._step[t]
         first = step - step % self.chunk
         if first != self._first:
@@ -90,11 +91,11 @@ class ModulationTable:
 class ByTimestep:
     """A model for the sampling loops, whose networks are told the step before each call: see `samplers.py`."""
 
-    def __init__(self, model: Callable[..., Any], go_to: Sequence[Callable[[int], None]]):
+    def __init__(self, model: Callable[..., Any], go_to: Sequence[Callable[[float], None]]):
         self.model, self.go_to = model, go_to
 
-    def at_timestep(self, t: int) -> Callable[..., Any]:
-        """What to call for a batch that is all at original timestep t."""
+    def at_timestep(self, t: float) -> Callable[..., Any]:
+        """What to call for a batch that is all at timestep t."""
         for go_to in self.go_to:
             go_to(t)
         return at_timestep(self.model, t)

@@ -1,8 +1,9 @@
 """Sampling: weights from a run or an official checkpoint, labels in, images or latents out."""
 
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +12,35 @@ import torch
 from torch import Tensor
 
 from ditfast import checkpoint, convert
-from ditfast.build import build_diffusion, build_model, predictor
+from ditfast.build import build_model, predictor
 from ditfast.config import (
     PRECISIONS,
     ConfigError,
-    ModelConfig,
     Precision,
     RunConfig,
     SampleConfig,
     checked_precision,
     config_from,
     load_config,
+    parse_config,
 )
 from ditfast.cuda_graph import StepGraph, check_cuda_graph
-from ditfast.diffusion import ClassifierFreeGuidance, SpacedDiffusion, TwoNetworkGuidance
+from ditfast.diffusion import ClassifierFreeGuidance, TwoNetworkGuidance
 from ditfast.images import save_grid, save_npz, to_uint8
-from ditfast.layers import DiT
+from ditfast.layers import DiffusionTransformer
 from ditfast.layers.embed import check_labels
 from ditfast.logs import log
 from ditfast.modulation import ByTimestep, ModulationTable
 from ditfast.optimizer import choose_rate, ema_group
 from ditfast.reproducibility import generator_for
+from ditfast.sampling_loops import Loop, build_loop
 
 
 @dataclass
 class Network:
     """A model ready to sample: evaluated as `predict(x, t, y=labels)`, with what it was trained on."""
 
-    model: DiT
+    model: DiffusionTransformer
     precision: Precision
     device: torch.device
 
@@ -53,13 +55,15 @@ class Network:
 class LoopNetwork(Network):
     """A network for the steps of one loop after the other, with modulation ahead where the options say so.
 
-    Of each loop it must be told the timesteps and the labels before, and of each step the timestep. ConfigError where
-    a CUDA graph is asked for and cannot hold it.
+    Of each loop it must be told the timesteps and the labels before, and of each step the timestep; not of one whose
+    steps are not `known_steps`. ConfigError where a CUDA graph is asked for and cannot hold it.
     """
 
-    def __init__(self, network: Network, options: SampleConfig):
+    def __init__(self, network: Network, options: SampleConfig, known_steps: bool = True):
         super().__init__(network.model, network.precision, network.device)
         obstacle = network.model.modulation_obstacle() if options.modulation_ahead else None
+        if options.modulation_ahead and not known_steps:
+            obstacle = "the solver chooses its steps as it goes"
         if obstacle is not None:
             log.info("modulation is computed in every step: %s", obstacle)
         self._table: ModulationTable | None = None
@@ -73,13 +77,13 @@ class LoopNetwork(Network):
         if options.cuda_graph:
             check_cuda_graph("sample.cuda_graph", self.device, self.model)
 
-    def begin(self, timesteps: Sequence[int], labels: Tensor) -> None:
-        """A loop over original timesteps, in which only these labels (N,), on the CPU, occur."""
-        if self._table is not None:
+    def begin(self, timesteps: Sequence[float] | None, labels: Tensor) -> None:
+        """A loop over timesteps as models are told them, in which only these labels (N,), on the CPU, occur."""
+        if self._table is not None and timesteps is not None:
             self._table.begin(timesteps, labels.unique())
 
-    def go_to(self, t: int) -> None:
-        """The next step is at original timestep t."""
+    def go_to(self, t: float) -> None:
+        """The next step is at timestep t."""
         if self._table is not None:
             self._table.go_to(t)
 
@@ -100,32 +104,43 @@ class Weights:
     origin: str
 
 
-def open_weights(path: str | Path, config: str | Path | None = None) -> Weights:
+def open_weights(path: str | Path, config: str | Path | None = None, process: str | None = None) -> Weights:
     """Reads a run's newest sound checkpoint, one of its step-... directories, or an official file.
 
     A checkpoint carries its configuration. An official file (.pt, .safetensors; its ema where it has one) tells only
-    the shapes of a published size, trained with the official diffusion; for others `config` names a run's YAML.
+    the shapes of a published size: of DiT, or with `process` "sit" of SiT, which has the same names; of LargeDiT or
+    LightningDiT. It is then of the published process. For others `config` names a run's YAML.
     Raises CheckpointError, ConvertError or ConfigError.
     """
     path = Path(path)
+    if path.is_dir() and config is not None:
+        raise ConfigError(f"{path} is a run, which carries its configuration; --config is for files")
+    if process is not None and (path.is_dir() or config is not None):
+        raise ConfigError(f"{config or path} says which process it is; --process is for files without --config")
     if path.is_dir():
-        if config is not None:
-            raise ConfigError(f"{path} is a run, which carries its configuration; --config is for files")
         loaded = checkpoint.load(path)
         return Weights(config_from(loaded.state["config"]), loaded.tensors, f"step {loaded.step} of {loaded.path}")
     state, info = convert.load_official(path)
     origin = f"{path} ({info['which']})"
-    if config is not None:
-        return Weights(load_config(config), {"model": state}, origin)
+    run = load_config(config) if config is not None else _published_run(path, state, process)
+    return Weights(run, {"model": state}, origin)
+
+
+def _published_run(path: Path, state: dict[str, Tensor], process: str | None) -> RunConfig:
+    """The configuration of a published model, by the shapes of its weights."""
     found = convert.infer_config(state)
-    name = found.pop("preset")
-    if name is None or found["input_size"] is None:
+    name, side = found["preset"], found["input_size"]
+    if name is None or (side is None and "pos_embed" in state):
         raise ConfigError(
-            f"{path} is no published size of DiT, so its heads and height are unknown; "
+            f"{path} is no published size of DiT, SiT, LargeDiT or LightningDiT, so its heads and height are unknown; "
             "name the configuration of its run, --config runs/.../config.yaml"
         )
-    model = ModelConfig(**found | {"input_size": (found["input_size"],) * 2})
-    return Weights(RunConfig(model=model), {"model": state}, origin)
+    if process == "sit" and name.startswith("DiT-"):
+        name = f"SiT-{name.removeprefix('DiT-')}"
+    told = ("in_channels", "num_classes", "learn_sigma", "mlp_ratio", "qk_norm")
+    options = {key: found[key] for key in told if key in found} | ({"input_size": [side, side]} if side else {})
+    arguments = [f"--model.{key}={json.dumps(value)}" for key, value in options.items()]
+    return parse_config([*arguments, *([f"--process={process}"] if process else [])], name)
 
 
 def load_network(
@@ -143,8 +158,10 @@ def load_network(
     log.info("%s weights of %s", group, weights.origin)
     model = build_model(config.model)
     own = model.state_dict()
-    # A run's checkpoint holds trainable tensors only; the frozen position table is the model's own.
-    state, notes = convert.fit_state_dict({"pos_embed": own["pos_embed"]} | weights.groups[group], own)
+    # A run's checkpoint holds trainable tensors only; the frozen tables of positions are the model's own.
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    frozen = {name: value for name, value in own.items() if name not in trainable}
+    state, notes = convert.fit_state_dict(frozen | weights.groups[group], own)
     for note in notes:
         log.info("%s: %s", weights.origin, note)
     model.load_state_dict(state)
@@ -180,67 +197,59 @@ def draw(
     """
     options, model = config.sample, network.model
     check_labels(labels, network.num_classes)
-    main = LoopNetwork(network, options)
-    other = None if unconditional is None else LoopNetwork(unconditional, options)
-    diffusion, guided = prepare(main, config, other)
-    nulls = [main.num_classes] if other is None and options.guidance_scale != 1 else []
-    by_step: Any = ByTimestep(guided, [n.go_to for n in (main, other) if n is not None])
+    loop = build_loop(config, model.learn_sigma)
+    main, *others = (
+        LoopNetwork(n, options, loop.timesteps is not None) for n in (network, unconditional) if n is not None
+    )
+    guided = guide(main, config, loop, *others)
+    nulls = [main.num_classes] if not others and options.guidance_scale != 1 else []
+    by_step: Any = ByTimestep(guided, [n.go_to for n in (main, *others)])
     graph = StepGraph("sample.cuda_graph", network.device) if options.cuda_graph else None
     shape = (model.in_channels, *model.x_embedder.img_size)
     drawn = torch.empty(len(labels), *shape)
     for start in range(0, len(labels), options.batch_size):
         y = labels[start : start + options.batch_size]
-        main.begin(diffusion.timestep_map, torch.cat([y, y.new_tensor(nulls)]))
-        if other is not None:
-            other.begin(diffusion.timestep_map, y.new_tensor([_null_class(other)]))
-        y = y.to(network.device)
+        main.begin(loop.timesteps, torch.cat([y, y.new_tensor(nulls)]))
+        for other in others:
+            other.begin(loop.timesteps, y.new_tensor([_null_class(other)]))
         noise = SampleNoise(seed, range(start, start + len(y)), shape, network.device)
-        arguments: dict[str, Any] = {
-            "clip_denoised": options.clip_denoised,
-            "model_kwargs": {"y": y},
-            "noise_fn": noise,
-        }
-        loop = diffusion.p_sample_loop
-        if options.sampler == "ddim":
-            loop = diffusion.ddim_sample_loop
-            arguments["eta"] = options.eta
-            if options.eta == 0:
-                arguments["noise_fn"] = torch.zeros_like
-        if graph is not None:
-            arguments["run_step"] = partial(graph, y=y, noise_fn=arguments["noise_fn"])
-        drawn[start : start + len(y)] = loop(by_step, (len(y), *shape), noise(), **arguments)
+        drawn[start : start + len(y)] = loop.draw(by_step, y.to(network.device), noise, graph)
         on_batch(start + len(y))
     return drawn
 
 
 def prepare(
     network: Network, config: RunConfig, unconditional: Network | None = None
-) -> tuple[SpacedDiffusion, Callable[..., Tensor]]:
-    """The respaced process and the guided network that `config.sample` asks for.
+) -> tuple[Loop, Callable[..., Tensor]]:
+    """The loop and the guided network that `config.sample` asks for.
 
     Raises ValueError (ConfigError among them) for a number of steps or a guidance that cannot be.
     """
-    options = config.sample
-    respacing = f"ddim{options.steps}" if options.sampler == "ddim" else str(options.steps)
-    diffusion = build_diffusion(config.diffusion, network.model.learn_sigma, respacing)
-    interval = None
+    loop = build_loop(config, network.model.learn_sigma)
+    return loop, guide(network, config, loop, unconditional)
+
+
+def guide(
+    network: Network, config: RunConfig, loop: Loop, unconditional: Network | None = None
+) -> Callable[..., Tensor]:
+    """`network` with the guidance that `config.sample` asks for. ConfigError where it cannot be."""
+    options, interval = config.sample, None
     if options.guidance_interval is not None:
         low, high = options.guidance_interval
-        interval = (low * diffusion.original_num_steps, high * diffusion.original_num_steps)
+        interval = (low * loop.t_end, math.inf if high == 1 else high * loop.t_end)
     if unconditional is not None:
         null = _null_class(unconditional)
-        return diffusion, TwoNetworkGuidance(network, unconditional, options.guidance_scale - 1, null, interval)
+        return TwoNetworkGuidance(network, unconditional, options.guidance_scale - 1, null, interval)
     if options.guidance_scale == 1:
-        return diffusion, network
+        return network
     if network.model.y_embedder.dropout_prob == 0:
         raise ConfigError(
             f"sample.guidance_scale {options.guidance_scale} needs a null class, but this model was trained without "
             "label dropout; use sample.guidance_scale=1, or a second, unconditional network"
         )
-    guided = ClassifierFreeGuidance(
+    return ClassifierFreeGuidance(
         network, options.guidance_scale, network.num_classes, options.guidance_channels, interval
     )
-    return diffusion, guided
 
 
 def _null_class(network: Network) -> int:
@@ -294,7 +303,7 @@ def _enlarged(samples: Tensor) -> int:
     return max(1, 32 // samples.shape[-1])
 
 
-def preview(model: DiT, config: RunConfig, device: torch.device, path: Path) -> None:
+def preview(model: DiffusionTransformer, config: RunConfig, device: torch.device, path: Path) -> None:
     """A small grid during training: up to 10 classes across, 4 rows, without touching the training's randomness."""
     classes = min(config.model.num_classes or 1, 10)
     labels = cycle_labels(4 * classes, list(range(classes)), classes)

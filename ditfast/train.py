@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ditfast import checkpoint, convert, kernels
-from ditfast.build import build_data, build_diffusion, build_model, predictor, resolve_model
+from ditfast.build import build_data, build_model, build_process, predictor, resolve_model
 from ditfast.config import ConfigError, RunConfig, differences, save_config
 from ditfast.cuda_graph import CudaGraph, check_cuda_graph
 from ditfast.data import Loader
-from ditfast.diffusion import create_named_schedule_sampler
 from ditfast.distributed import World
 from ditfast.layers import count_parameters, training_flops
 from ditfast.logs import LossWindow, Meter, Recorder, log, peak_flops, peak_memory
@@ -35,7 +34,7 @@ from ditfast.sample import LoopNetwork, Network, prepare, preview
 from ditfast.stopping import Interrupted, stop_requests
 
 # The options that a checkpoint cannot go on without, and the further ones that decide a run's numbers.
-IDENTITY = ("model.", "diffusion.", "optim.ema_rates")
+IDENTITY = ("process", "model.", "diffusion.", "transport.", "optim.ema_rates")
 NUMBERS = (*IDENTITY, "seed", "data.kind", "data.flip", "optim.", "train.batch_size", "train.precision")
 SMALLEST_SCALE = 2.0**-14  # a loss scale below it means that the forward itself overflows
 
@@ -97,8 +96,7 @@ class Trainer:
         seed_everything(config.seed)
         self.dataset = build_data(config)
         self.config = dataclasses.replace(config, model=resolve_model(config.model, self.dataset))
-        self.diffusion = build_diffusion(config.diffusion, config.model.learn_sigma)
-        self.timesteps = create_named_schedule_sampler(config.diffusion.timestep_sampler, self.diffusion)
+        self.process, self.timesteps, t_end = build_process(config)
         precision = config.precision
         model = build_model(self.config.model)
         if config.train.init_from:
@@ -116,7 +114,7 @@ class Trainer:
             self.optimizer.ema_rate(config.sample.ema)
         # On a GPU, looking makes the host wait: so only for a sampler that must know, and else with a line to log.
         self.checks_each_step = self.device.type == "cpu" or config.diffusion.timestep_sampler != "uniform"
-        self.losses = LossWindow(self.diffusion.num_timesteps, self.device)
+        self.losses = LossWindow(t_end, self.device)
         self.step_done = 0
         self._resume()
         module = torch.compile(self.model, fullgraph=True) if config.train.compile else self.model
@@ -205,11 +203,11 @@ class Trainer:
     ) -> dict[str, Tensor]:
         """Adds a chunk's gradients; returns its losses (B,) by name."""
         drops = {"force_drop_ids": drop} if self.config.model.class_dropout_prob > 0 else {}
-        terms = self.diffusion.training_losses(self.predict, x, t, {"y": y, **drops}, noise=noise)
+        terms = self.process.training_losses(self.predict, x, model_kwargs={"y": y, **drops}, t=t, noise=noise)
         loss = self.scaler.scale((terms["loss"] * weights).mean() / self.config.train.accumulate)
         with self.config.precision.products():
             loss.backward()
-        return {name: value.detach() for name, value in terms.items()}
+        return {name: terms[name].detach() for name in LossWindow.TERMS if name in terms}
 
     def _update(self) -> tuple[Tensor, Tensor]:
         """Applies the gradients if they are finite; their norm (), and (1,) one if they were not."""

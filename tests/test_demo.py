@@ -38,23 +38,28 @@ def test_judge_fails_wrong_classes_and_noise():
     assert not judge(torch.randn_like(images), labels).passed
 
 
-def test_short_run_writes_everything(tmp_path):
+@pytest.mark.parametrize("preset, samplers", [("digits", ["DDIM"]), ("digits-sit", ["ODE", "SDE"])])
+def test_short_run_writes_everything(preset, samplers, tmp_path):
     out = tmp_path / "demo"
     options = [
         f"--out={out}", "--train.steps=4", "--train.log_every=2", "--train.tensorboard=false", "--train.sample_every=0",
         "--optim.warmup_steps=0", "--model.hidden_size=32", "--model.num_heads=2", "--sample.steps=4",
     ]  # fmt: skip
-    assert demo(parse_config(options, "digits")) is False
+    assert demo(parse_config(options, preset)) is False
     written = np.load(out / "samples.npz")
-    assert written["arr_0"].shape == (400, 8, 8, 1) and written["arr_0"].dtype == np.uint8
-    assert np.bincount(written["labels"]).tolist() == [40] * 10
+    count = len(samplers)
+    assert written["arr_0"].shape == (400 * count, 8, 8, 1) and written["arr_0"].dtype == np.uint8
+    assert np.bincount(written["labels"]).tolist() == [40 * count] * 10
+    assert Image.open(out / "grid.png").size == (20 * 34 * count + 2, 20 * 34 + 2)
     for name in ("grid.png", "loss.png"):
         with Image.open(out / name) as picture:
             assert min(picture.size) > 300
-    assert "FAILED" in (out / "report.md").read_text()
+    report = (out / "report.md").read_text()
+    assert "FAILED" in report and [name for name in ("DDIM", "ODE", "SDE") if f"- {name}: " in report] == samplers
     assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [2, 4]
 
 
 @pytest.mark.full
-def test_demo_meets_its_bar(tmp_path):
-    assert demo(parse_config([f"--out={tmp_path}"], "digits"))
+@pytest.mark.parametrize("preset", ["digits", "digits-sit"])
+def test_demo_meets_its_bar(preset, tmp_path):
+    assert demo(parse_config([f"--out={tmp_path}"], preset))

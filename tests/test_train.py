@@ -93,7 +93,7 @@ class TestStep:
         t, _, noise, drop = run._draw(x.shape[1:])
         assert drop.any()
         found = gradients(run)
-        terms = run.diffusion.training_losses(
+        terms = run.process.training_losses(
             lambda x, t, y: run.model.eval()(x, t, y), x, t, {"y": torch.where(drop, 10, y)}, noise=noise
         )
         names = list(run.optimizer.parameters)

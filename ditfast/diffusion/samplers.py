@@ -28,13 +28,18 @@ class Step(TypedDict):
     pred_xstart: Tensor
 
 
-StepRunner = Callable[[Callable[..., Step], Model, Tensor, Tensor], Step]
-"""`run_step(step, model, x, t)` does what `step(model, x, t)` does; it may override other options by name."""
+StepRunner = Callable[..., Step]
+"""`run_step(step, model, x, t, *more, **options)` does what `step(model, x, t, *more, **options)` does.
+
+t (B,) and more are tensors; it may override other options by name.
+"""
 
 
-def run_step_directly(step: Callable[..., Step], model: Model, x: Tensor, t: Tensor) -> Step:
+def run_step_directly(
+    step: Callable[..., Step], model: Model, x: Tensor, t: Tensor, *more: Tensor, **options: Any
+) -> Step:
     """The `StepRunner` that adds nothing."""
-    return step(model, x, t)
+    return step(model, x, t, *more, **options)
 
 
 class StepOptions(TypedDict, total=False):

@@ -11,9 +11,52 @@ from .schedules import unknown_name
 
 if TYPE_CHECKING:
     from .gaussian import GaussianDiffusion
+    from .transport import Transport
 
 
-class ScheduleSampler(ABC):
+class TimestepSampler(ABC):
+    """What training draws its timesteps from, and tells its losses."""
+
+    @abstractmethod
+    def sample(
+        self, batch_size: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Timesteps t (B,) and the weights (B,) fp32 of their losses, both on `device`.
+
+        Args:
+            generator: where the randomness comes from, a CPU generator; torch's global one if None.
+        """
+
+    def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:  # noqa: B027
+        """Learn from this rank's timesteps (B,) and their unweighted losses (B,); by default, nothing."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs to draw the same timesteps from the same generator."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` returned; ValueError where it comes from another kind or length of sampler."""
+        expected = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        given = {name: tuple(value.shape) for name, value in state.items()}
+        if given != expected:
+            raise ValueError(f"the state of another timestep sampler: expected tensors {expected}, got {given}")
+
+
+class TransportSampler(TimestepSampler):
+    """A transport's times in [0, 1], as it draws them; every weight is 1."""
+
+    def __init__(self, transport: "Transport") -> None:
+        self.transport = transport
+
+    def sample(
+        self, batch_size: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Times t (B,) fp32, see `Transport.sample_timesteps`, and ones (B,)."""
+        t = self.transport.sample_timesteps(batch_size, device, generator)
+        return t, torch.ones_like(t)
+
+
+class ScheduleSampler(TimestepSampler):
     """A distribution p over the timesteps 0 .. T - 1 of a process."""
 
     @abstractmethod
@@ -36,20 +79,6 @@ class ScheduleSampler(ABC):
         t = torch.multinomial(p, batch_size, replacement=True, generator=generator)
         weights = 1 / (len(p) * p[t])
         return t.to(device), weights.to(device=device, dtype=torch.float32)
-
-    def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:  # noqa: B027
-        """Learn from this rank's timesteps (B,) and their unweighted losses (B,); by default, nothing."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs to draw the same timesteps from the same generator."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` returned; ValueError where it comes from another kind or length of sampler."""
-        expected = {name: tuple(value.shape) for name, value in self.state_dict().items()}
-        given = {name: tuple(value.shape) for name, value in state.items()}
-        if given != expected:
-            raise ValueError(f"the state of another timestep sampler: expected tensors {expected}, got {given}")
 
 
 class UniformSampler(ScheduleSampler):

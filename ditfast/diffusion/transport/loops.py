@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ditfast.kernels import guided_step
 
 from ..guidance import unmixed_form
-from ..samplers import at_timestep
+from ..samplers import Step, StepRunner, at_timestep, run_step_directly
 from ..types import Model, TensorFn, Unmixed
 from .process import checked_output
 
@@ -33,7 +34,7 @@ class FixedSteps(ABC):
         """`times` (S, K) and `table` (S, K, 6) are those of `steps.step_table`."""
         self._times: list[list[float]] = times.tolist()
         self._table = table.flatten(0, 1)
-        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._noisy_steps = 0
 
     @abstractmethod
@@ -54,9 +55,10 @@ class FixedSteps(ABC):
         noise: Tensor,
         model_kwargs: Mapping[str, Any] | None = None,
         noise_fn: TensorFn = torch.randn_like,
+        run_step: StepRunner = run_step_directly,
     ) -> Tensor:
         """The end (B, C, ...) of the path that starts at noise (B, C, ...); arguments as in `progressive`."""
-        for x in self.progressive(model, noise, model_kwargs, noise_fn):
+        for x in self.progressive(model, noise, model_kwargs, noise_fn, run_step):
             end = x
         return end
 
@@ -66,6 +68,7 @@ class FixedSteps(ABC):
         noise: Tensor,
         model_kwargs: Mapping[str, Any] | None = None,
         noise_fn: TensorFn = torch.randn_like,
+        run_step: StepRunner = run_step_directly,
     ) -> Iterator[Tensor]:
         """The points (B, C, ...) of the path, one after each step.
 
@@ -73,19 +76,25 @@ class FixedSteps(ABC):
             model: any `model(x (B, C, ...), t (B,), **model_kwargs)` -> (B, C, ...), a guidance too.
             noise: where to start; for a reversed ODE the data. Half precision goes on in fp32.
             noise_fn: draws noise shaped like its argument, once a step of an SDE but for its last one.
+            run_step: how to run an evaluation and what it does to x, of which a step of Heun has two; see `StepRunner`.
 
         Raises:
             ValueError: the model returned another shape than that of x.
         """
         key = noise.device, torch.promote_types(noise.dtype, torch.float32)
         if key not in self._tables:
-            self._tables[key] = self._table.to(*key)
-        rows = iter(self._tables[key][:, None].expand(-1, len(noise), -1))
-        x = noise.to(key[1])
+            flat = torch.tensor([t for step in self._times for t in step], dtype=torch.float64)
+            self._tables[key] = flat.to(*key), self._table.to(*key)
+        advance = partial(_advance, *self._tables[key], model_kwargs=model_kwargs or {})
+        x, number = noise.to(key[1]), 0
         for i, times in enumerate(self._times):
-            with torch.no_grad():
-                added = noise_fn(x) if i < self._noisy_steps else None
-                x = _step(model, x, times, rows, added, model_kwargs or {})
+            given: tuple[Tensor, ...] = ()
+            added = noise_fn if i < self._noisy_steps else None
+            for t in times:
+                network, at = at_timestep(model, t), torch.full((len(x),), number, device=x.device)
+                with torch.no_grad():
+                    out = run_step(partial(advance, heun=len(times) == 2), network, x, at, *given, noise_fn=added)
+                x, given, added, number = out["sample"], (out["pred_xstart"],), None, number + 1
             yield x
 
 
@@ -115,24 +124,29 @@ class SdeSteps(FixedSteps):
         return points if len(self._times) > self._noisy_steps else [*points, points[-1]]
 
 
-def evaluate(model: Model, x: Tensor, t: float, kwargs: Mapping[str, Any]) -> Unmixed:
-    """What the network, or those of a guidance, say of x (B, C, ...) at time t."""
-    times = torch.full((len(x),), t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    output = unmixed_form(at_timestep(model, t))(x, times, **kwargs)
-    unmixed = output if isinstance(output, Unmixed) else Unmixed(output)
-    checked_output(unmixed.cond, x)
-    return unmixed
+def _advance(
+    times: Tensor,
+    table: Tensor,
+    model: Model,
+    x: Tensor,
+    number: Tensor,
+    base: Tensor | None = None,
+    *,
+    heun: bool,
+    noise_fn: TensorFn | None,
+    model_kwargs: Mapping[str, Any],
+) -> Step:
+    """Evaluation `number` (B,) at x (B, C, ...), and the step or half of Heun's step that it allows.
 
-
-def _step(
-    model: Model, x: Tensor, times: list[float], rows: Iterator[Tensor], noise: Tensor | None, kwargs: Mapping[str, Any]
-) -> Tensor:
-    row, heun = next(rows), len(times) == 2
-    if heun and noise is not None:
+    Heun's first half also returns, as `pred_xstart`, what the second, given it as `base`, adds to.
+    """
+    row, noise = table.index_select(0, number), None if noise_fn is None else noise_fn(x)
+    first = heun and base is None
+    if first and noise is not None:
         x, noise = x + row[:, 5].view(-1, *(1,) * (x.ndim - 1)) * noise, None
-    out = evaluate(model, x, times[0], kwargs)
-    x_next, base = guided_step(x, out.cond, out.uncond, noise, row, out.scale, keep_x0=heun)
-    if base is None:
-        return x_next
-    out = evaluate(model, x_next, times[1], kwargs)
-    return guided_step(base, out.cond, out.uncond, None, next(rows), out.scale, keep_x0=False)[0]
+    output = unmixed_form(model)(x, times.index_select(0, number), **model_kwargs)
+    out = output if isinstance(output, Unmixed) else Unmixed(output)
+    checked_output(out.cond, x)
+    start = x if base is None else base
+    x_next, x_start = guided_step(start, out.cond, out.uncond, noise, row, out.scale, keep_x0=first)
+    return {"sample": x_next, "pred_xstart": x_next if x_start is None else x_start}
