@@ -122,7 +122,7 @@ class Baseline:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.scales_loss)
         self.network = torch.compile(self.model, fullgraph=True, dynamic=False) if recipe.compiled else self.model
-        self.attention = attention_for(recipe, model, batch_size, precision.compute, self.device, train=True)
+        self.attention = attention_for(recipe, model, batch_size, precision, self.device, train=True)
 
     def __call__(self, *batch: Tensor) -> None:
         """One step from (x, y, t, weights, noise, drop), each of B rows, as `Trainer.learn` takes them."""
@@ -135,7 +135,7 @@ class Baseline:
         """Adds `share` times the batch's gradients, loss-scaled in fp16; returns its losses (B,)."""
         x, y, t, weights, noise, drop = batch
         y = torch.where(drop, self.null, y)
-        with self.attention():
+        with self.attention(), self.precision.products():
             losses = plain_losses(self.process, self._predict, x, t, y, noise)
             self.scaler.scale((losses * weights).mean() * share).backward()
         return losses.detach()
@@ -179,12 +179,13 @@ class Baseline:
 
 
 def attention_for(
-    recipe: Recipe, model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device, train: bool
+    recipe: Recipe, model: ModelConfig, batch: int, precision: Precision, device: torch.device, train: bool
 ) -> Callable[[], AbstractContextManager]:
     """Contexts in which a recipe's model attends by the fastest library; a CPU has one."""
     if not recipe.sdpa or device.type != "cuda":
         return nullcontext
-    return partial(sdpa_kernel, fastest_sdpa(model, batch, dtype, device, train))
+    with precision.products():
+        return partial(sdpa_kernel, fastest_sdpa(model, batch, precision.compute, device, train))
 
 
 def fastest_sdpa(model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device, train: bool) -> SDPBackend:

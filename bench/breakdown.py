@@ -23,7 +23,7 @@ from bench.timing import Timing
 from bench.training import model_config, random_batch, trainer_for
 from ditfast.config import PRECISIONS
 from ditfast.distributed import World
-from ditfast.hardware import Ceilings, dtype_name
+from ditfast.hardware import Ceilings, rate_name
 from ditfast.plan import step as plan
 from ditfast.train import Trainer
 
@@ -112,7 +112,7 @@ class Breakdown:
     @property
     def job(self) -> Job:
         """What its rows have in common."""
-        dtype = dtype_name(PRECISIONS[self.precision].compute)
+        dtype = rate_name(PRECISIONS[self.precision])
         return "breakdown", self.model, dtype, f"{self.pixels} px, batch {self.batch}"
 
     def measure(self, settings: Settings) -> list[Row]:
@@ -159,9 +159,9 @@ def least_ms(trainer: Trainer, limits: Ceilings | None) -> dict[str, float]:
     """Milliseconds that a step's FLOPs and bytes need at the measured limits, by the classes that the plan counts."""
     config = trainer.config
     precision, images = config.precision, config.train.batch_size
-    if limits is None or dtype_name(precision.compute) not in limits.gemm_tflops:
+    if limits is None or rate_name(precision) not in limits.gemm_tflops:
         return {}
-    flops, bandwidth = 1e9 * limits.gemm_tflops[dtype_name(precision.compute)], 1e6 * limits.copy_gbps
+    flops, bandwidth = 1e9 * limits.gemm_tflops[rate_name(precision)], 1e6 * limits.copy_gbps
     policies = [block.recompute for block in trainer.model.blocks]
     stream = plan.stream_bytes(trainer.model, precision, policies, images)
     weights, casts = plan.optimizer_bytes(trainer.model, precision, len(config.optim.ema_rates))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ditfast.config import PRECISIONS, DataConfig, ModelConfig, RunConfig, TrainConfig
 from ditfast.distributed import World
-from ditfast.hardware import dtype_name
+from ditfast.hardware import rate_name
 from ditfast.layers.dit import SIZES
 from ditfast.train import Trainer
 
@@ -23,20 +23,24 @@ TINY = ModelConfig(
 
 
 def model_config(name: str, pixels: int = 256) -> ModelConfig:
-    """The model of a published size ("DiT-XL/2") on ImageNet's latents at `pixels` squared; "tiny" is TINY."""
+    """The model of a published size ("DiT-XL/2") on ImageNet's latents at `pixels` squared; "tiny" is TINY.
+
+    "DiT-S/2 of 2 layers" is as wide, but of fewer layers.
+    """
     if name == "tiny":
         return TINY
-    size, _, patch = name.removeprefix("DiT-").partition("/")
+    published, _, layers = name.removesuffix(" layers").partition(" of ")
+    size, _, patch = published.removeprefix("DiT-").partition("/")
     depth, width, heads = SIZES[size]
     return ModelConfig(
-        patch_size=int(patch), hidden_size=width, depth=depth, num_heads=heads, input_size=(pixels // 8, pixels // 8),
-        in_channels=4, num_classes=1000,
+        patch_size=int(patch), hidden_size=width, depth=int(layers or depth), num_heads=heads,
+        input_size=(pixels // 8, pixels // 8), in_channels=4, num_classes=1000,
     )  # fmt: skip
 
 
 def label(model: str, precision: str) -> tuple[str, str]:
     """A size's name in rows, marked under a fast precision policy, and the dtype whose GEMM rate limits it."""
-    return model + " fast" * precision.endswith("-fast"), dtype_name(PRECISIONS[precision].compute)
+    return model + " fast" * precision.endswith("-fast"), rate_name(PRECISIONS[precision])
 
 
 def write_features(folder: Path, count: int, model: ModelConfig, seed: int = 0) -> Path:

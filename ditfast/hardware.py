@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ditfast.config import ConfigError, nearest
+from ditfast.config import ConfigError, Precision, nearest
 from ditfast.files import replacing
 
 DTYPES = ("bf16", "fp16", "tf32", "fp32")
@@ -102,6 +102,11 @@ def dtype_name(dtype: torch.dtype, tf32: bool = False) -> str:
     if dtype not in names:
         raise ValueError(f"no GEMM rate of {dtype}; there are {', '.join(map(str, names))}")
     return names[dtype]
+
+
+def rate_name(precision: Precision) -> str:
+    """Which of DTYPES the matrix products of a precision policy are timed as."""
+    return dtype_name(precision.compute, precision.tf32)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ditfast.config import Precision
 from ditfast.distributed.world import is_main_process
 from ditfast.files import replacing
-from ditfast.hardware import dtype_name, find_gpu
+from ditfast.hardware import find_gpu, rate_name
 
 log = logging.getLogger("ditfast")
 console = Console(stderr=True)  # one for log and progress bar, or they would write over each other
@@ -40,10 +40,11 @@ def setup_logging() -> None:
 
 def peak_flops(device: torch.device, precision: Precision) -> float | None:
     """Peak FLOP/s of the device by datasheet for this precision, or None where it is not known (CPUs, fp32)."""
-    if device.type != "cuda" or precision.compute is torch.float32:
+    name = rate_name(precision)
+    if device.type != "cuda" or name == "fp32":
         return None
     found = find_gpu(torch.cuda.get_device_name(device))
-    peak = getattr(found, dtype_name(precision.compute), None)
+    peak = getattr(found, name, None)
     return peak and 1e12 * peak
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from ditfast.config import ConfigError
+from ditfast.config import PRECISIONS, ConfigError
 from ditfast.hardware import (
     GPUS,
     Ceilings,
@@ -15,6 +15,7 @@ from ditfast.hardware import (
     find_gpu,
     gpu,
     measured,
+    rate_name,
     save_measured,
 )
 
@@ -66,6 +67,11 @@ def test_dtypes_have_names():
     assert dtype_name(torch.float32, tf32=True) == "tf32"
     with pytest.raises(ValueError, match=r"torch\.float64.*torch\.bfloat16"):
         dtype_name(torch.float64)
+
+
+def test_a_precision_policy_has_the_rate_of_its_products():
+    names = {name: rate_name(precision) for name, precision in PRECISIONS.items()}
+    assert (names["fp32"], names["tf32"], names["bf16-fast"], names["fp16"]) == ("fp32", "tf32", "bf16", "fp16")
 
 
 H200 = Ceilings(4300, {"bf16": 790}, "measured", "NVIDIA H200", torch.__version__)

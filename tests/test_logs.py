@@ -104,11 +104,10 @@ def test_no_peak_is_claimed_for_a_cpu():
     assert logs.peak_flops(torch.device("cpu"), PRECISIONS["bf16"]) is None
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_no_tensor_core_peak_for_fp32(precision, monkeypatch):
+@pytest.mark.parametrize(("precision", "peak"), [("fp32", None), ("tf32", 494e12), ("bf16", 989e12)])
+def test_peaks_are_those_of_tensor_cores(precision, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    peak = logs.peak_flops(torch.device("cuda"), PRECISIONS[precision])
-    assert peak == (989e12 if precision == "bf16" else None)
+    assert logs.peak_flops(torch.device("cuda"), PRECISIONS[precision]) == peak
 
 
 class TestRun:

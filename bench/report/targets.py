@@ -93,6 +93,9 @@ TARGETS = (
            _op("gate_residual_adaln_modulate bwd", "DiT-XL/2:", _ratio)),
     Target("attention, head_dim 72, T 256, forward", "250 TFLOP/s", "320", _op("attention fwd", "DiT-XL/2:", _tflops)),
     Target("the same, backward", "220 TFLOP/s", "300", _op("attention bwd", "DiT-XL/2:", _tflops)),
+    Target("attention, head_dim 72, T 1024, forward", "300 TFLOP/s", "380",
+           _op("attention fwd", "DiT-XL/2, T = 1024:", _tflops)),
+    Target("the same, backward", "240 TFLOP/s", "320", _op("attention bwd", "DiT-XL/2, T = 1024:", _tflops)),
     Target("AdamW + EMA + cast", "7 ms", "6.3 ms", _op("adamw_ema fwd", "DiT-XL/2", _milliseconds)),
 )  # fmt: skip
 

@@ -169,7 +169,7 @@ def contests(options: Options) -> Iterator[FeedJob]:
 # By scale: size, pixels, batch, steps, images on disk, workers, precision.
 JOBS: dict[str, tuple[tuple[str, int, int, int, int, int, str], ...]] = {
     "small": (("tiny", 64, 4, 3, 24, 1, "fp32"),),
-    "cpu": (("DiT-S/2", 256, 8, 3, 128, 1, "bf16"),),
+    "cpu": (("DiT-S/2 of 2 layers", 256, 4, 4, 128, 1, "fp32"),),
     "gpu": (
         ("DiT-XL/2", 256, 256, 16, 4096, 8, "bf16"),
         ("DiT-S/2", 256, 256, 32, 4096, 8, "bf16"),

@@ -1,7 +1,7 @@
 """Activation bytes per token and layer: the storages alive behind a forward, beside what layers/memory.py estimates.
 
-Two layers and two samples more keep so many bytes more: that leaves out the weights, the embedders and the final layer.
-On a GPU the allocator's figure stands beside it, which rounds every tensor up to 512 bytes.
+Four layers and two samples more keep so many bytes more: that leaves out the weights, the embedders and the final
+layer. On a GPU the allocator's figure stands beside it, which rounds every tensor up to 512 bytes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ from ditfast.kernels import backend_of
 from ditfast.layers import activation_bytes
 from ditfast.plan import POLICIES
 
-DEPTHS = (2, 4)
+DEPTHS = (4, 8)  # whose difference has `block:4`'s share of blocks computed again
 # Whose blocks keep, in the same units, what the policy of that name is for.
 PEERS = {"none": (EAGER, Recipe(sdpa=True)), "block": ("fast-DiT", Recipe(sdpa=True, checkpointed=True))}
 

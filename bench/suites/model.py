@@ -5,7 +5,7 @@ sample, each provider then runs once more by itself for its power.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -81,6 +81,7 @@ class TrainingJob:
                 "steps_per_s": 1e3 / timing.ms,
                 "mfu": 1e3 * flops / timing.ms / peak if peak else None,
                 "cuda_graph": provider == GRAPH,
+                "state_bytes": distinct_bytes(state_of(steps.training(provider))),
                 "recompute": trainer.config.train.recompute if provider.startswith(DITFAST) else None,
                 **power_of(runs[provider], self.batch, timing, seconds, self.device),
             }
@@ -112,6 +113,10 @@ class Steps:
         if provider == GRAPH:
             return self.graph()
         return self.trainer.learn if provider == DITFAST else self.peer(provider)
+
+    def training(self, provider: str) -> Trainer | Baseline:
+        """Whose step it is."""
+        return self.trainer if provider in (DITFAST, GRAPH) else self.peer(provider)
 
     def check(self, provider: str) -> str | None:
         """None where a provider's losses and gradients are within the budgets of exactness.py, else what is not."""
@@ -175,6 +180,22 @@ def gradients(trainer: Trainer, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return {"losses": terms["loss"]} | found
 
 
+def state_of(training: Trainer | Baseline) -> list[Tensor]:
+    """What lives as long as a training run: weights, masters, moments, EMAs."""
+    held = list[Tensor](training.model.parameters())
+    if isinstance(training, Baseline):
+        moments = [v for state in training.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        return [*held, *training.masters.values(), *training.ema.values(), *moments]
+    optimizer = training.optimizer
+    groups = (optimizer.masters, *optimizer.emas.values(), *optimizer.moments.values())
+    return [*held, *(tensor for group in groups for tensor in group.values())]
+
+
+def distinct_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes of the storages behind tensors, each once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
 def power_of(
     run: Callable[[], object], images: int, timing: Timing, seconds: float, device: torch.device
 ) -> Mapping[str, Any]:
@@ -208,12 +229,12 @@ def contests(options: Options) -> Iterator[TrainingJob]:
 JOBS: dict[str, tuple[tuple[str, int, int, tuple[str, ...], tuple[str, ...]], ...]] = {
     "small": (("tiny", 64, 2, ("fp32",), ("block",)),),
     "cpu": (
-        ("DiT-S/2", 256, 8, ("bf16",), ("none", "ops", "mlp", "block")),
-        ("DiT-S/2", 256, 8, ("fp32",), ()),
+        ("DiT-S/2 of 2 layers", 256, 4, ("fp32",), ()),
+        ("DiT-S/2 of 2 layers", 256, 4, ("bf16",), ("ops", "block", "none", "mlp")),
     ),
     "gpu": (
         ("DiT-XL/2", 256, 256, ("bf16", "bf16-fast", "fp16"), ("ops", "mlp", "block")),
-        ("DiT-XL/2", 256, 64, ("bf16", "fp32"), ("none",)),
+        ("DiT-XL/2", 256, 64, ("bf16", "tf32", "fp32"), ("none",)),
         ("DiT-XL/2", 512, 64, ("bf16", "bf16-fast"), ("ops", "mlp")),
         ("DiT-L/2", 256, 256, ("bf16", "bf16-fast"), ("ops", "mlp")),
         ("DiT-B/2", 256, 256, ("bf16", "bf16-fast"), ("none", "ops")),

@@ -26,14 +26,17 @@ CHECKED_TENSORS = 20
 
 
 def contests(options: Options, specs: tuple[OpSpec, ...] | None = None) -> Iterator[Contest]:
-    """A contest of every op's forward and, where it has one, backward, for each case and dtype of the scale."""
-    for spec in OPS if specs is None else specs:
-        for case in options.scale.ops(spec):
-            for dtype in options.scale.dtypes:
-                yield from Match(spec, case, dtype, options).contests()
-                if options.scale.compile:
-                    # The next match is compiled anew: the compiler gives up a function at its eighth set of shapes.
-                    torch.compiler.reset()
+    """A contest of every op's forward and, where it has one, backward, for each case and dtype of the scale.
+
+    The first case of every op comes before the others.
+    """
+    cases = [(i, spec, case) for spec in specs or OPS for i, case in enumerate(options.scale.ops(spec))]
+    for _, spec, case in sorted(cases, key=lambda each: each[0]):
+        for dtype in options.scale.dtypes:
+            yield from Match(spec, case, dtype, options).contests()
+            if options.scale.compile:
+                # The next match is compiled anew: the compiler gives up a function at its eighth set of shapes.
+                torch.compiler.reset()
 
 
 class Match:

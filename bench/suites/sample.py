@@ -150,7 +150,7 @@ class Samplers:
             with precision.autocast(self.device):
                 return model.forward_with_cfg(x.to(precision.params), t, y, GUIDANCE).to(x.dtype)
 
-        attention = attention_for(recipe, config, 2 * self.job.batch, precision.compute, self.device, train=False)
+        attention = attention_for(recipe, config, 2 * self.job.batch, precision, self.device, train=False)
         return predict, attention
 
     def _truth(self) -> Truth:
@@ -191,15 +191,15 @@ def contests(options: Options) -> Iterator[SamplingJob]:
 JOBS: dict[str, tuple[tuple[str, int, int, int, str, int, str], ...]] = {
     "small": (("tiny", 64, 2, 2, "ddpm", 5, "fp32"), ("tiny", 64, 1, 1, "ddim", 5, "fp32")),
     "cpu": (
-        ("DiT-S/2", 256, 1, 1, "ddim", 10, "bf16"),
-        ("DiT-S/2", 256, 8, 1, "ddim", 4, "bf16"),
-        ("DiT-S/2", 256, 1, 1, "ddpm", 10, "bf16"),
+        ("DiT-S/2 of 2 layers", 256, 1, 1, "ddim", 20, "fp32"),
+        ("DiT-S/2 of 2 layers", 256, 4, 1, "ddim", 5, "fp32"),
+        ("DiT-S/2 of 2 layers", 256, 1, 1, "ddpm", 20, "fp32"),
     ),
     "gpu": tuple(
         ("DiT-XL/2", 256, batch, batches, sampler, steps, precision)
-        for precision in ("bf16-fast", "bf16")
         for batch, batches, sampler, steps in (
             (1, 8, "ddim", 50), (32, 4, "ddim", 50), (1, 4, "ddpm", 250), (32, 1, "ddpm", 250),
         )
+        for precision in ("bf16", "bf16-fast")
     ),
 }  # fmt: skip

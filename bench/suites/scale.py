@@ -212,7 +212,7 @@ def contests(options: Options) -> Iterator[ScalingJob]:
 # By scale: size, pixels, batch of a rank, precision, numbers of ranks.
 JOBS: dict[str, tuple[str, int, int, str, tuple[int, ...]]] = {
     "small": ("tiny", 64, 2, "fp32", (2,)),
-    "cpu": ("DiT-S/2", 256, 4, "bf16", (1, 2)),
+    "cpu": ("DiT-S/2 of 2 layers", 256, 4, "fp32", (2, 1)),
     "gpu": ("DiT-XL/2", 256, 256, "bf16", (1, 2, 4, 8)),
 }
 

@@ -13,20 +13,20 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bench.baselines import Baseline, Recipe
+from bench.baselines import Recipe
 from bench.contest import Contest, Settings
 from bench.report.markdown import megabytes, number
 from bench.report.markdown import table as markdown
 from bench.rows import DITFAST, Job, Row
 from bench.suites import Options
-from bench.suites.model import Steps, gradients
+from bench.suites.model import Steps, distinct_bytes, gradients, state_of
 from bench.timing import Timing
 from bench.training import model_config, random_batch, trainer_for
 from ditfast.config import PRECISIONS
 from ditfast.distributed import World
-from ditfast.hardware import dtype_name
+from ditfast.hardware import rate_name
 from ditfast.kernels.peers import PeerError
 from ditfast.train import Trainer
 
@@ -54,7 +54,7 @@ PUBLISHED: dict[tuple[bool, ...], Published] = {
 # is so much smaller that a VAE with a quarter of them keeps the proportion of both.
 SIZES: dict[str, tuple[str, int, int, str, tuple[int, ...]]] = {
     "small": ("tiny", 64, 2, "bf16", (32, 32, 32, 32)),
-    "cpu": ("DiT-S/2", 128, 4, "bf16", (32, 64, 128, 128)),
+    "cpu": ("DiT-S/2 of 2 layers", 128, 4, "bf16", (32, 32, 32, 64)),
     "gpu": ("DiT-XL/2", 256, 128, "fp16", (128, 256, 512, 512)),
 }
 
@@ -81,7 +81,7 @@ class Line:
         """What its rows have in common."""
         switches = {"checkpointing": self.checkpointing, "mixed": self.mixed, "cached": self.cached}
         name = ", ".join(f"{key} {'on' if on else 'off'}" for key, on in switches.items())
-        dtype = dtype_name(PRECISIONS[self.precision].compute)
+        dtype = rate_name(PRECISIONS[self.precision])
         return "fast-dit", name, dtype, f"{self.model}, {self.pixels} px, batch {self.batch}"
 
     def measure(self, settings: Settings) -> list[Row]:
@@ -110,8 +110,9 @@ class Line:
             return steps.truth().judge(gradients(trainer, batch) if own else peer().gradients(batch))
 
         def details(provider: str, timing: Timing) -> dict[str, Any]:
-            held = [*state_of(trainer if provider == DITFAST else peer()), *([] if self.cached else encode().weights)]
-            return {"steps_per_s": 1e3 / timing.ms, "state_bytes": distinct_bytes(held)}
+            encoder = [] if self.cached else encode().weights
+            held = distinct_bytes([*state_of(trainer if provider == DITFAST else peer()), *encoder])
+            return {"steps_per_s": 1e3 / timing.ms, "state_bytes": held}
 
         runs = {DITFAST: partial(run, lambda: trainer.learn), PEER: partial(run, peer)}
         extra = {"precision": self.precision, "vae_channels": None if self.cached else list(self.channels)}
@@ -144,23 +145,6 @@ class Encoder:
     def __call__(self) -> Tensor:
         """The latents (B, 4, pixels / 8, pixels / 8) of the images."""
         return self.vae.encode(self.images).latent_dist.sample() * SCALING
-
-
-def state_of(training: Trainer | Baseline) -> list[Tensor]:
-    """What lives as long as a training run: weights, masters, moments, EMAs."""
-    model: nn.Module = training.model
-    held = list(model.parameters())
-    if isinstance(training, Baseline):
-        moments = [v for state in training.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-        return [*held, *training.masters.values(), *training.ema.values(), *moments]
-    optimizer = training.optimizer
-    groups = (optimizer.masters, *optimizer.emas.values(), *optimizer.moments.values())
-    return [*held, *(tensor for group in groups for tensor in group.values())]
-
-
-def distinct_bytes(tensors: Sequence[Tensor]) -> int:
-    """Bytes of the storages behind tensors, each once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def contests(options: Options) -> Iterator[Line]:

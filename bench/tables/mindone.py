@@ -32,7 +32,7 @@ from bench.training import model_config, random_batch, trainer_for
 from ditfast.build import build_model
 from ditfast.config import PRECISIONS, RunConfig, save_config
 from ditfast.distributed import World
-from ditfast.hardware import dtype_name
+from ditfast.hardware import rate_name
 from ditfast.sample import load_network, open_weights
 
 # By line: what github.com/mindspore-lab/mindone, examples/dit/README.md, says of it. Loading is not published.
@@ -63,7 +63,7 @@ class Sizes:
 
 SIZES = {
     "small": Sizes("tiny", 64, 2, "bf16", (), "tiny"),
-    "cpu": Sizes("DiT-S/2", 128, 4, "bf16", (2,), "DiT-S/4"),
+    "cpu": Sizes("DiT-S/2 of 2 layers", 128, 4, "bf16", (2,), "DiT-S/4 of 2 layers"),
     "gpu": Sizes("DiT-XL/2", 256, 64, "fp16", (4, 8), "DiT-XL/2"),
 }
 
@@ -84,7 +84,7 @@ class Line:
 def contests(options: Options) -> Iterator[Line]:
     """The table's lines."""
     sizes, device = SIZES[options.scale.name], options.device
-    dtype = dtype_name(PRECISIONS[sizes.precision].compute)
+    dtype = rate_name(PRECISIONS[sizes.precision])
     shape = f"{sizes.model}, {sizes.pixels} px, batch {sizes.batch}"
     for mode, policy in (("off", "none"), ("on", "block")):
         step = TrainingJob(sizes.model, sizes.pixels, sizes.batch, sizes.precision, device, policy, compile=False)

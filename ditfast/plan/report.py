@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ditfast.files import replacing
-from ditfast.hardware import dtype_name
+from ditfast.hardware import rate_name
 from ditfast.layers import training_flops
 from ditfast.plan.layout import FACTORS as LAYOUT_FACTORS
 from ditfast.plan.layout import Candidate, Cluster, Job, choose, layouts, weigh
@@ -34,7 +34,7 @@ class Plan:
 
     def mfu(self, candidate: Candidate) -> float | None:
         """Of the datasheet's dense peak, work done again not counted; None where it has none of this dtype."""
-        peak = getattr(self.cluster.gpu, dtype_name(self.job.precision.compute))
+        peak = getattr(self.cluster.gpu, rate_name(self.job.precision))
         done = self.images_per_s(candidate) * training_flops(self.job.model) / self.cluster.gpus
         return None if peak is None else done / (1e12 * peak)
 
@@ -130,7 +130,7 @@ def _print_parts(console: Console, plan: Plan, title: str, candidate: Candidate)
 def _basis(plan: Plan) -> str:
     """What the figures rest on."""
     ceilings, cluster = plan.cluster.ceilings, plan.cluster
-    rate = ceilings.gemm_tflops[dtype_name(plan.job.precision.compute)]
+    rate = ceilings.gemm_tflops[rate_name(plan.job.precision)]
     network = f", {cluster.between_nodes:g} GB/s to other nodes" if cluster.nodes > 1 else ""
     factors = STEP_FACTORS | LAYOUT_FACTORS
     if ceilings.source == "measured":

@@ -8,7 +8,7 @@ import torch
 
 from ditfast import kernels
 from ditfast.config import ConfigError, Precision
-from ditfast.hardware import Ceilings, dtype_name
+from ditfast.hardware import Ceilings, rate_name
 from ditfast.kernels.spec import Case
 from ditfast.layers import DiffusionTransformer, attention_macs, linear_rows, mlp_linears, policy_of_block
 from ditfast.layers.architecture import MODULATION
@@ -83,7 +83,7 @@ class Rates:
 
 def rates(ceilings: Ceilings, precision: Precision) -> Rates:
     """The rates for a precision, from measured ceilings or, by a factor, from a datasheet's; ConfigError for none."""
-    name, derated = dtype_name(precision.compute), ceilings.source == "datasheet"
+    name, derated = rate_name(precision), ceilings.source == "datasheet"
     if name not in ceilings.gemm_tflops:
         raise ConfigError(
             f"{ceilings.machine} has no GEMM rate of {name}, there are {', '.join(ceilings.gemm_tflops) or 'none'}: "

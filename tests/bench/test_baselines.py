@@ -12,6 +12,7 @@ from bench.training import TINY, fill_zeros, random_batch, trainer_for
 from ditfast.build import build_diffusion, build_model
 from ditfast.config import PRECISIONS, DiffusionConfig, OptimConfig, Precision
 from ditfast.distributed import World
+from ditfast.kernels.tf32 import dot_precision
 
 CPU, PLAIN = torch.device("cpu"), Recipe()
 PROCESS = build_diffusion(DiffusionConfig(), learn_sigma=True)
@@ -85,6 +86,24 @@ def test_two_steps_move_weights_and_average_as_ditfasts(precision, recipe):
             assert (moved - expected).norm() <= slack * expected.norm(), name
             assert expected.norm() > 0, name
         assert torch.equal(mine.parameters[name], mine.masters[name].to(policy.params)), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_products_follow_the_policy_forward_and_backward(precision, weights):
+    seen = {"forward": [], "backward": []}
+
+    def note(way: str) -> None:
+        seen[way].append(dot_precision(torch.float32))
+
+    baseline = peer(weights, PEERS["fast-DiT"], PRECISIONS[precision])
+    for layer in (block.mlp.fc1 for block in baseline.model.blocks):
+        layer.register_forward_hook(lambda *_: note("forward"))
+        layer.register_full_backward_hook(lambda *_: note("backward"))
+    baseline(*random_batch(TINY, 4, CPU))
+    expected = "tf32" if precision == "tf32" else "ieee"
+    assert {way: set(found) for way, found in seen.items()} == {"forward": {expected}, "backward": {expected}}
+    assert len(seen["forward"]) == 2 * TINY.depth, "its checkpoints compute again"
+    assert dot_precision(torch.float32) == "ieee"
 
 
 def test_fp16_gradients_are_unscaled(weights):

@@ -7,8 +7,6 @@ from bench.contest import Settings
 from bench.rows import Row
 from bench.suites import GPU, SMALL, Options
 from bench.tables import fast_dit, mindone
-from bench.training import model_config, trainer_for
-from ditfast.distributed import World
 from ditfast.kernels.peers import PeerError
 
 CPU = torch.device("cpu")
@@ -56,18 +54,6 @@ def test_without_diffusers_a_line_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     with pytest.raises(PeerError, match=r"ditfast\[vae\]"):
         fast_dit.Encoder(64, 2, (32, 32), CPU)
-
-
-def test_the_state_is_counted_once_per_storage():
-    weights = torch.zeros(10)
-    assert fast_dit.distinct_bytes([weights, weights[:5], torch.zeros(3)]) == 52
-
-
-def test_the_state_of_a_run_is_weights_moments_and_ema():
-    with trainer_for(model_config("tiny"), 2, "bf16", World(0, 1, CPU)) as trainer:
-        count = sum(p.numel() for p in trainer.optimizer.parameters.values())
-        held = fast_dit.distinct_bytes(fast_dit.state_of(trainer))
-        assert held == 4 * (4 * count + trainer.model.pos_embed.numel())
 
 
 def test_out_of_memory_stands_in_the_table():

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +49,11 @@ def test_published_sizes_are_the_presets(name, pixels):
     assert {key: config[key.removeprefix("model.")] for key in expected if key.startswith("model.")} == {
         key: value for key, value in expected.items() if key.startswith("model.")
     }
+
+
+def test_a_size_of_fewer_layers_is_the_size_otherwise():
+    few, whole = model_config("DiT-S/2 of 2 layers", 128), model_config("DiT-S/2", 128)
+    assert few == replace(whole, depth=2) and whole.depth == 12
 
 
 def test_a_batch_is_what_learn_takes():

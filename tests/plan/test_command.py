@@ -40,6 +40,14 @@ def test_a_policy_is_taken_as_given(capsys):
     assert re.search(r"data 1 +│ yes +│ block:2 +│ 41\.0 ", capsys.readouterr().out), "as ditfast doctor --model has it"
 
 
+def test_tf32_has_a_rate_of_its_own(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    assert plan("--model=DiT-XL/2", "--gpu=h200", "--precision=tf32", f"--json={path}") == 0
+    assert "datasheet ceilings of H200: 494 TFLOP/s" in capsys.readouterr().out
+    first = json.loads(path.read_text())["candidates"][0]
+    assert first["mfu"] == pytest.approx(first["images_per_s"] * 711.7e9 / 494e12, rel=1e-3)
+
+
 def test_where_nothing_fits_the_status_is_1(capsys):
     assert plan("--model=DiT-XL/2", "--gpu=l4", "--policy=none", "--precision=bf16-fast") == 1
     assert "proposed: no layout (needs 76.3 GB of 24)" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import torch
 
 from bench.suites import CPU, GPU, SMALL, SUITES, Options
 from bench.training import model_config
+from ditfast.hardware import DTYPES
 
 
 @pytest.mark.parametrize("scale", [SMALL, CPU, GPU], ids=lambda scale: scale.name)
@@ -17,6 +18,6 @@ def test_jobs_are_there_once(suite, scale):
     found = [job.job for job in jobs]
     assert len(set(found)) == len(found) > 0
     for job, (named, name, dtype, shape) in zip(jobs, found, strict=True):
-        assert named == suite and dtype in ("bf16", "fp16", "fp32") and f"{job.pixels} px" in shape
+        assert named == suite and dtype in DTYPES and f"{job.pixels} px" in shape
         assert name.startswith(job.model) and (" fast" in name) == job.precision.endswith("-fast")
         assert model_config(job.model, job.pixels).input_size[0] * 8 == job.pixels

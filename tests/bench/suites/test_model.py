@@ -11,6 +11,9 @@ from bench.rows import COMPILE, DITFAST, EAGER
 from bench.suites import SMALL, Options, model
 from bench.suites.model import GRAPH, TrainingJob, contests
 from bench.timing import Timing
+from bench.training import TINY, trainer_for
+from ditfast.build import build_model
+from ditfast.distributed import World
 from ditfast.layers import block
 
 CPU = torch.device("cpu")
@@ -37,6 +40,8 @@ def test_rows_of_the_small_suite():
         extra = row.extra
         assert extra["images_per_s"] == pytest.approx(2e3 / row.ms)
         assert extra["batch"] == 2 and extra["precision"] == "fp32" and extra["network"]["hidden_size"] == 64
+        weights = extra["state_bytes"] / 4 / 4  # themselves, two moments, an EMA, in fp32
+        assert weights == pytest.approx(sum(p.numel() for p in build_model(TINY).parameters()), rel=0.02)
         assert extra["mfu"] is None and extra["watts"] is None and extra["joules_per_image"] is None
         assert extra["power"] == "no NVIDIA driver" or torch.cuda.is_available()
     assert rows[DITFAST].extra["recompute"] == "ops" and rows[EAGER].extra["recompute"] is None
@@ -117,6 +122,18 @@ def test_power_is_of_all_images_that_ran_meanwhile(monkeypatch):
     monkeypatch.setattr(model, "Sampler", Readings)
     figures = model.power_of(lambda: runs.append(1), 8, Timing((100.0,)), 2.0, CPU)
     assert counted == [(20 * 8, 20)] and figures == {"joules_per_image": 12.0 / 160}
+
+
+def test_the_state_is_counted_once_per_storage():
+    weights = torch.zeros(10)
+    assert model.distinct_bytes([weights, weights[:5], torch.zeros(3)]) == 52
+
+
+def test_the_state_of_a_run_is_weights_moments_and_ema():
+    with trainer_for(TINY, 2, "bf16", World(0, 1, CPU)) as trainer:
+        count = sum(p.numel() for p in trainer.optimizer.parameters.values())
+        held = model.distinct_bytes(model.state_of(trainer))
+        assert held == 4 * (4 * count + trainer.model.pos_embed.numel())
 
 
 @pytest.mark.full
