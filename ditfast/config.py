@@ -222,13 +222,12 @@ class RunConfig:
             )
 
     def _check_process(self) -> None:
-        owner, key, section = ("sit", "transport", self.transport)
-        if self.process == "sit":
-            owner, key, section = ("ddpm", "diffusion", self.diffusion)
-        for name, value in _changed(section):
+        sit = self.process == "sit"
+        owner, key = ("ddpm", "diffusion") if sit else ("sit", "transport")
+        for name, value in _changed(getattr(self, key)):
             raise ConfigError(
-                f"{key}.{name} is {value!r}, an option of process {owner}, but process is {self.process}; leave it out, "
-                f"or set process={owner}"
+                f"{key}.{name} is {value!r}, an option of process {owner}, but process is {self.process}; leave it "
+                f"out, or set process={owner}"
             )
         if self.model.learn_sigma and self.model.returns_sigma != (self.process == "ddpm"):
             reads = "reads no variance" if self.process == "sit" else "reads the variance that the model learns"

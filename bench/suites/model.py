@@ -154,7 +154,7 @@ class Steps:
     def _baseline(self, recipe: Recipe, precision: Precision) -> Baseline:
         config, weights = self.trainer.config, self.trainer.optimizer.state_tensors()["model"]
         optim = replace(config.optim, lr=0.0)  # as the Trainer's
-        return Baseline(recipe, config.model, weights, precision, optim, self.trainer.diffusion, len(self.batch[0]))
+        return Baseline(recipe, config.model, weights, precision, optim, self.trainer.process, len(self.batch[0]))
 
     def _truth(self) -> Truth:
         exact = self._baseline(ORACLE, FLOAT64).gradients([_doubled(v) for v in self.batch], CHUNK)

@@ -5,32 +5,38 @@ command.py is `ditfast plan`, report.py what it prints, against.py how far it is
 needs a GPU.
 """
 
+from dataclasses import replace
+
 import torch
 
-from ditfast.config import PRESETS, ConfigError, nearest
-from ditfast.layers import DiT, DiT_models
+from ditfast.build import build_model
+from ditfast.config import PRESETS, ConfigError, nearest, parse_config
+from ditfast.layers import DiffusionTransformer
 from ditfast.plan.layout import Candidate, Cluster, Job, Layout, choose, layouts, weigh
 from ditfast.plan.memory import POLICIES, MemoryPlan, State, plan_memory, state
 from ditfast.plan.step import Rates, Share, StepTime, rates, step_time
+from ditfast.presets import PUBLISHED
 
 # The published models, at 256 pixels or with @512.
-MODELS = [name for name in PRESETS if name.partition("@")[0] in DiT_models]
+MODELS = [name for name in PRESETS if name.partition("@")[0] in PUBLISHED]
 
 
-def published_model(name: str, image_size: int | None = None) -> DiT:
-    """DiT-XL/2 or DiT-XL/2@512 on the meta device, for `image_size` in pixels, of which it sees latents of an eighth.
+def published_model(name: str, image_size: int | None = None) -> DiffusionTransformer:
+    """DiT-XL/2, DiT-XL/2@512, SiT-B/4, LightningDiT-XL/1, ... on the meta device, for `image_size` in pixels.
 
     By default 256, or what the name ends in. ConfigError for an unknown model and for impossible sizes.
     """
-    network, _, pixels = name.partition("@")
     if name not in MODELS:
         raise ConfigError(f"unknown model {name!r}{nearest(name, MODELS) or '; known: ' + ', '.join(MODELS)}")
-    size = int(pixels or 256) if image_size is None else image_size
-    unit = 8 * int(network.rpartition("/")[2])
+    network, _, pixels = name.partition("@")
+    config = parse_config(["--preset", name]).model
+    own, (side, _) = int(pixels or 256), config.input_size or (0, 0)
+    size, latent = own if image_size is None else image_size, own // side
+    unit = latent * config.patch_size
     if size < unit or size % unit:
         raise ConfigError(f"--image-size of {network} must be a positive multiple of {unit}, got {size}")
     with torch.device("meta"):
-        return DiT_models[network](input_size=size // 8)
+        return build_model(replace(config, input_size=(size // latent, size // latent)))
 
 
 __all__ = [

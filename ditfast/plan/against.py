@@ -9,13 +9,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ditfast.config import PRECISIONS, ConfigError
+from ditfast.build import build_model
+from ditfast.config import PRECISIONS, ConfigError, config_from
 from ditfast.hardware import Ceilings
-from ditfast.layers import DiT
 from ditfast.plan.memory import policy_memory, state
 from ditfast.plan.step import Share, rates, step_time
 
-# What a row's `extra` must say for its step to be predicted: DiT's arguments, images a step, names of the policies.
+# What a row's `extra` must say for its step to be predicted: its model's options, images a step, names of the policies.
 NEEDED = ("network", "batch", "precision", "recompute")
 
 
@@ -68,10 +68,11 @@ def _comparison(name: str, row: dict[str, Any], ceilings: Ceilings, on_gpu: bool
     if extra["precision"] not in PRECISIONS:
         raise ConfigError(f"{name}: precision must be one of {', '.join(PRECISIONS)}, got {extra['precision']!r}")
     try:
-        with torch.device("meta"):
-            model = DiT(**extra["network"])
-    except TypeError as error:
-        raise ConfigError(f"{name}: extra.network holds no arguments of DiT ({error})") from error
+        config = config_from({"model": extra["network"]}).model
+    except ConfigError as error:
+        raise ConfigError(f"{name}: extra.network holds no options of a model ({error})") from error
+    with torch.device("meta"):
+        model = build_model(config)
     precision, images = PRECISIONS[extra["precision"]], extra["batch"]
     time = step_time(model, precision, extra["recompute"], Share(images), rates(ceilings, precision))
     kept = policy_memory(model, precision, extra["recompute"], images, fused=on_gpu)

@@ -14,7 +14,10 @@ from ditfast.plan.against import compare
 
 H200 = Ceilings(4300, {"bf16": 790}, "measured", "NVIDIA H200", "2.11.0")
 EXTRA = {
-    "network": {"depth": 12, "hidden_size": 384, "num_heads": 6, "patch_size": 2, "input_size": 32},
+    "network": {
+        "depth": 12, "hidden_size": 384, "num_heads": 6, "patch_size": 2, "input_size": [32, 32], "in_channels": 4,
+        "num_classes": 1000,
+    },
     "batch": 64, "precision": "bf16-fast", "recompute": "ops",
 }  # fmt: skip
 
