@@ -197,7 +197,9 @@ def stream_bytes(
     elementwise = (blocks * sites + 1) * (site["fwd"] + site["bwd"]) + again * sites * site["fwd"]
     if a.rope or a.qk_norm:
         heads = {"N": a.qkv_heads, "head_dim": a.head_dim, "half": a.head_dim // 2}
-        turned = _op_bytes("qk_norm_rope", sizes | heads, compute, False, num_heads=a.num_heads)
+        # Its parameters and angles are a thousandth of what it moves.
+        without = _spec("qk_norm_rope").optional
+        turned = _op_bytes("qk_norm_rope", sizes | heads, compute, False, without, num_heads=a.num_heads, norm="none")
         elementwise += blocks * sum(turned.values()) + again * turned["fwd"]
     layers = linear_rows(model)
     first = mlp_linears(model)[0]
@@ -238,11 +240,14 @@ def optimizer_bytes(model: DiffusionTransformer, precision: Precision, emas: int
     return _spec("adamw_ema").bytes_min(inputs)["fwd"] + count * p.grads.itemsize, casts
 
 
-def _op_bytes(name: str, sizes: dict[str, int], dtype: torch.dtype, mixed: bool, **arguments: Any) -> dict[str, int]:
+def _op_bytes(
+    name: str, sizes: dict[str, int], dtype: torch.dtype, mixed: bool, absent: tuple[str, ...] = (), **arguments: Any
+) -> dict[str, int]:
     spec = _spec(name)
     # A norm over an fp32 stream gives what its Linear computes in.
     dtypes = tuple({"out_dtype"} & inspect.signature(spec.fn).parameters.keys())
-    return spec.bytes_min(spec.make_inputs(Case("plan", sizes, arguments, mixed=mixed, dtypes=dtypes), dtype, "meta"))
+    case = Case("plan", sizes, arguments, mixed=mixed, absent=absent, dtypes=dtypes)
+    return spec.bytes_min(spec.make_inputs(case, dtype, "meta"))
 
 
 def _spec(name: str) -> kernels.OpSpec:
