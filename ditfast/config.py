@@ -16,9 +16,8 @@ import yaml
 from ditfast.files import replacing
 from ditfast.layers import Architecture
 from ditfast.layers.recompute import RECOMPUTE_POLICIES, policy_of_block
-from ditfast.precision import PRECISIONS as PRECISIONS
-from ditfast.precision import Precision as Precision
-from ditfast.presets import PRESETS as PRESETS
+from ditfast.precision import PRECISIONS, Precision
+from ditfast.presets import PRESETS
 
 
 class ConfigError(ValueError):
