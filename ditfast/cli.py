@@ -100,6 +100,7 @@ def _export(arguments: list[str]) -> int:
     from ditfast import convert
     from ditfast.config import ConfigError
     from ditfast.distributed import pick_device
+    from ditfast.layers import Architecture
     from ditfast.sample import load_network, open_weights
 
     options = argparse.ArgumentParser(
@@ -110,8 +111,15 @@ def _export(arguments: list[str]) -> int:
     options.add_argument("--ema", type=float, help="EMA rate; the first by default, 0 for the raw weights")
     given = options.parse_args(arguments)
     weights = open_weights(given.weights)
-    if weights.config.model.block != "adaln_zero":
-        raise ConfigError(f"the official DiT has no block {weights.config.model.block!r}, only adaln_zero is exported")
+    model = weights.config.model
+    if model.block != "adaln_zero":
+        raise ConfigError(f"the official DiT has no block {model.block!r}, only adaln_zero is exported")
+    of_dit = Architecture(
+        model.patch_size, model.hidden_size, model.depth, model.num_heads, mlp_ratio=model.mlp_ratio,
+        returns_sigma=model.returns_sigma,
+    )  # fmt: skip
+    if model.mlp != "swiglu" and model.architecture != of_dit:
+        raise ConfigError("model has norms, positions or heads that the official DiT has not, so it is not exported")
     network = load_network(weights, pick_device("cpu"), "fp32", given.ema)
     convert.export_official(given.file, network.model.state_dict())
     print(f"{given.file} (weights alone; the diffusion and the sampler stay in {given.weights}/config.yaml)")

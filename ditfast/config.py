@@ -16,9 +16,8 @@ import yaml
 from ditfast.files import replacing
 from ditfast.layers import Architecture
 from ditfast.layers.recompute import RECOMPUTE_POLICIES, policy_of_block
-from ditfast.precision import PRECISIONS as PRECISIONS
-from ditfast.precision import Precision as Precision
-from ditfast.presets import PRESETS as PRESETS
+from ditfast.precision import PRECISIONS, Precision
+from ditfast.presets import PRESETS
 
 
 class ConfigError(ValueError):
@@ -222,13 +221,10 @@ class RunConfig:
             )
 
     def _check_process(self) -> None:
-        sit = self.process == "sit"
-        owner, key = ("ddpm", "diffusion") if sit else ("sit", "transport")
+        owner, key = ("sit", "transport") if self.process == "ddpm" else ("ddpm", "diffusion")
         for name, value in _changed(getattr(self, key)):
-            raise ConfigError(
-                f"{key}.{name} is {value!r}, an option of process {owner}, but process is {self.process}; leave it "
-                f"out, or set process={owner}"
-            )
+            found = f"{key}.{name} is {value!r}, an option of process {owner}, but process is {self.process}"
+            raise ConfigError(f"{found}; leave it out, or set process={owner}")
         if self.model.learn_sigma and self.model.returns_sigma != (self.process == "ddpm"):
             reads = "reads no variance" if self.process == "sit" else "reads the variance that the model learns"
             wanted = f"model.returns_sigma={str(self.process == 'ddpm').lower()}"
@@ -248,18 +244,15 @@ class RunConfig:
             )
         for option, value in _changed(options):
             if kind not in (owners := SAMPLER_OPTIONS.get(option, (kind,))):
-                raise ConfigError(
-                    f"sample.{option} is {value!r}, an option of {' and '.join(owners)}, but the sampler is {name}; "
-                    f"leave it at {getattr(SampleConfig, option)!r}"
-                )
-        if options.method == "dopri5":
-            if kind == "sde":
-                raise ConfigError("sample.method dopri5 solves the ode, but sample.sampler is sde: take euler or heun")
-            if options.timestep_shift != 1 or options.cuda_graph:
-                option = "cuda_graph" if options.cuda_graph else "timestep_shift"
-                raise ConfigError(f"sample.{option} needs steps that are known ahead: take sample.method euler or heun")
+                found = f"sample.{option} is {value!r}, an option of {' and '.join(owners)}, but the sampler is {name}"
+                raise ConfigError(f"{found}; leave it at {getattr(SampleConfig, option)!r}")
         if kind == "diffusers" and options.cuda_graph:
             raise ConfigError("sample.cuda_graph cannot hold the steps of diffusers, which run in Python; leave it off")
+        if options.method == "dopri5" and kind == "sde":
+            raise ConfigError("sample.method dopri5 solves the ode, but sample.sampler is sde: take euler or heun")
+        if options.method == "dopri5" and (options.cuda_graph or options.timestep_shift != 1):
+            option = "cuda_graph" if options.cuda_graph else "timestep_shift"
+            raise ConfigError(f"sample.{option} needs steps that are known ahead: take sample.method euler or heun")
 
     @property
     def sampler(self) -> str:

@@ -194,7 +194,7 @@ def export_official(path: str | Path, state: Mapping[str, Tensor], ema: Mapping[
     """Write weights as the official code reads them: fp32, in its order, a bare dict, or {model, ema} with `ema` given.
 
     A .safetensors file holds one set of weights. The file appears whole or not at all. Raises ConvertError for weights
-    that are not those of an adaLN-Zero DiT, and for another suffix.
+    that are not those of an adaLN-Zero DiT or of a model with SwiGLU, and for another suffix.
     """
     path = Path(path)
     if path.suffix not in (".pt", ".pth", ".safetensors") or (path.suffix == ".safetensors" and ema is not None):
@@ -209,7 +209,9 @@ def export_official(path: str | Path, state: Mapping[str, Tensor], ema: Mapping[
 
 def _official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = _unwrapped(state)
-    keys = official_keys(infer_config(state)["depth"])
+    found = infer_config(state)
+    # A LightningDiT's names are the official ones; a LargeDiT's are ditfast's, which its own converter knows.
+    keys = list(state) if SWIGLU in state else official_keys(found["depth"])
     extra = sorted(set(state) - set(keys))
     if extra:
         raise ConvertError(f"the official DiT has no {_some(extra)}; only adaLN-Zero models can be exported")

@@ -20,7 +20,8 @@ from ditfast.config import (
     parse_sample,
     save_config,
 )
-from ditfast.layers import DiT_models
+from ditfast.layers import Architecture, NormForm
+from ditfast.presets import PUBLISHED
 
 
 def test_command_line_wins_over_file_and_file_over_preset(tmp_path):
@@ -45,19 +46,56 @@ def test_print_config_lists_every_option(capsys):
     assert all(f"{key.rpartition('.')[2]}:" in printed for key in keys())
 
 
-@pytest.mark.parametrize("name", [n for n in PRESETS if n != "digits"])
+def quick(name):
+    """Whether a published preset stands for its family in the default run."""
+    return name in ("DiT-S/8", "DiT-XL/2@512", "SiT-XL/2", "SiT-S/8@512", "LargeDiT-tiny/2", "LightningDiT-1p0B/1")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if quick(n) else pytest.param(n, marks=pytest.mark.full) for n in PRESETS if not n.startswith("digits")],
+)
 def test_published_presets_build_their_models(name):
     config = parse_config([], name)
-    size, _, pixels = name.partition("@")
+    model_name, _, pixels = name.partition("@")
+    make = PUBLISHED[model_name]
     with torch.device("meta"):
-        model, expected = build_model(config.model), DiT_models[size](input_size=int(pixels or 256) // 8)
+        model = build_model(config.model)
+        expected = make(input_size=int(pixels) // 8) if pixels else make()
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in expected.state_dict().items()}
-    assert model.num_heads == expected.num_heads
+    assert model.architecture == expected.architecture
+    assert (model.learn_sigma, model.y_embedder.dropout_prob) == (expected.learn_sigma, 0.1)
+    assert config.process == ("ddpm" if model.architecture.returns_sigma else "sit")
 
 
-def test_every_preset_key_exists():
-    known = set(keys())
-    assert all(set(overrides) <= known for overrides in PRESETS.values())
+def test_every_family_has_presets():
+    for name in ("SiT-S/2", "SiT-L/4@512", "LargeDiT-600M/2", "LargeDiT-3B/2", "LargeDiT-7B/2", "LightningDiT-XL/1"):
+        assert name in PRESETS
+    lightning = parse_config([], "LightningDiT-1p6B/1")
+    assert (lightning.model.input_size, lightning.model.in_channels, lightning.sample.timestep_shift) == (
+        (16, 16),
+        32,
+        0.3,
+    )
+    assert lightning.transport.cosine_loss and lightning.transport.timestep_sampler == "lognormal"
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-sit", "DiT-S/8", "LargeDiT-tiny/2", "LightningDiT-XL/1"])
+def test_preset_keys_exist_and_are_saved(name, tmp_path):
+    # A norm that is none by default is one option.
+    assert {key.replace("qk_norm.", "qk_norm") for key in PRESETS[name]()} <= set(keys())
+    config = parse_config([], name)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert config_from(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_an_architecture_by_options():
+    options = ["--model.norm.kind=rms", "--model.qk_norm.kind=rms", "--model.qk_norm.weight=true", "--model.mlp=swiglu"]
+    model = parse_config([*options, "--model.position=[rope_1d]", "--model.kv_heads=2"], "digits").model
+    assert model.architecture == Architecture(
+        2, 128, 4, 4, 2, mlp="swiglu", norm=NormForm("rms"), qk_norm=NormForm("rms", weight=True), position=("rope_1d",)
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from ditfast.convert import (
     load_official,
     official_keys,
 )
+from ditfast.presets import PUBLISHED
 from ditfast.reference import DiT, DiT_models
 
 TINY = {"input_size": 8, "hidden_size": 48, "depth": 2, "num_heads": 4, "num_classes": 10}
@@ -190,6 +191,23 @@ class TestInferConfig:
             config = infer_config(DiT_models[name](input_size=64).state_dict())
         assert (config["preset"], config["input_size"], config["num_classes"]) == (name, 64, 1000)
         assert config["num_heads"] == {"S": 6, "B": 12, "L": 16, "XL": 16}[name[4:-2]]
+
+    @pytest.mark.parametrize("name, options, found", [
+        ("LightningDiT-XL/1", {"use_qknorm": True}, {"input_size": 16, "in_channels": 32, "learn_sigma": False}),
+        ("LightningDiT-B/2", {"input_size": 32}, {"input_size": 32, "num_classes": 1000}),
+        ("LargeDiT-tiny/2", {"num_classes": 9}, {"input_size": None, "num_classes": 9, "learn_sigma": True}),
+        ("LargeDiT-600M/2", {}, {"in_channels": 4}),
+    ])  # fmt: skip
+    def test_names_the_preset_of_other_families(self, name, options, found):
+        with torch.device("meta"):
+            state = PUBLISHED[name](**options).state_dict()
+        config = infer_config(state)
+        assert config["preset"] == name and {key: config[key] for key in found} == found
+        assert ("qk_norm" in config) == bool(options.get("use_qknorm"))
+        with pytest.raises(ConvertError, match=f"LightningDiT: {LABELS} missing"):
+            infer_config({key: value for key, value in state.items() if key != LABELS})
+        wider = state | {"x_embedder.proj.weight": torch.zeros(7, 4, 2, 2)}
+        assert infer_config(wider)["preset"] is None
 
     @pytest.mark.parametrize("changes", [{"learn_sigma": False}, {"mlp_ratio": 2.0}, {"in_channels": 3}])
     def test_reads_options(self, changes):

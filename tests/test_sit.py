@@ -11,7 +11,7 @@ from ditfast.build import build_model, build_process, build_transport
 from ditfast.config import PRECISIONS, ConfigError, ModelConfig, RunConfig, SampleConfig, TransportConfig, parse_config
 from ditfast.diffusion import ClassifierFreeGuidance, Sampler, create_transport
 from ditfast.distributed import World
-from ditfast.layers import SiT_models
+from ditfast.layers import NormForm, SiT_models
 from ditfast.sample import Network, SampleNoise, cycle_labels, draw, load_network, open_weights, prepare
 from ditfast.train import Trainer, train
 from tests.test_resume import contents, crash_and_resume, records
@@ -230,6 +230,28 @@ class TestOfficialFile:
         config_file = Path(made.out) / "config.yaml"
         with pytest.raises(ConfigError, match="config.yaml says which process it is"):
             open_weights(file[0], config_file, "sit")
+
+
+class TestExport:
+    def test_another_family(self, sit_run, tmp_path):
+        """The official names of LightningDiT; sampled again with the run's configuration."""
+        norm = NormForm("rms", weight=True)
+        options = {"model.mlp": "swiglu", "model.position": ("sincos", "rope_2d"), "model.norm": norm}
+        made = sit_run(overrides={"train.steps": 1} | options)
+        train(made)
+        file = tmp_path / "w.safetensors"
+        assert cli.main(["export", made.out, str(file)]) == 0
+        again = load_network(open_weights(file, Path(made.out) / "config.yaml"), CPU, "fp32")
+        run = load_network(open_weights(made.out), CPU, "fp32")
+        assert {"feat_rope.freqs_cos", "blocks.0.norm1.weight"} <= run.model.state_dict().keys()
+        for name, value in run.model.state_dict().items():
+            assert torch.equal(value, again.model.state_dict()[name]), name
+
+    def test_what_no_official_model_has(self, sit_run, tmp_path, capsys):
+        made = sit_run(overrides={"train.steps": 1, "model.norm": NormForm("rms")})
+        train(made)
+        assert cli.main(["export", made.out, str(tmp_path / "w.pt")]) == 2
+        assert "norms, positions or heads that the official DiT has not" in capsys.readouterr().err
 
 
 def test_samples_of_a_run_by_the_command(sit_run, tmp_path):
