@@ -11,6 +11,7 @@ Of what is absent the pointer is None, and Triton compiles a kernel without it. 
 of rows inside one sample, keeps the sums in registers and writes one partial row of each, which _rows.py adds up.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -306,11 +307,13 @@ def norm_fwd(
     weight: torch.Tensor | None,
     eps: float,
     norm: str,
+    added: Sequence[torch.dtype | None] | None = None,
 ) -> None:
-    """Write the results (x_new if there is a branch, y, mean, rstd)."""
+    """Write the results (x_new if there is a branch, y, mean, rstd); `added` are dtypes of branch and gate in x."""
     x_new, y, mean, rstd = results if branch is not None else (None, *results)
     B, T, _ = x.shape
-    facts = (x.dtype, branch, gate, shift, scale, weight, results[-3].dtype, norm)
+    added = added or [None if t is None else t.dtype for t in (branch, gate)]
+    facts = (x.dtype, *added, shift, scale, weight, y.dtype, norm)
     chunks, meta = tiling(op, "fwd", configs, x.shape, *facts)
     tensors, strides = laid_out((x, 3), (branch, 3), (gate, 2), (shift, 2), (scale, 2), (weight, 1))
     args = (*tensors, x_new, y, mean if norm == "layer" else None, rstd, T, chunks, eps, *strides)

@@ -15,6 +15,8 @@ saved               x_new, branch (but for its gate), gate, shift, scale, weight
 The forward reads x and branch once, the backward dx_new, dy, x_new and branch.
 """
 
+from typing import Any
+
 import torch
 
 from ._checks import check_dims, check_floating, check_number, check_out_dtype
@@ -117,6 +119,62 @@ _OP = Op(
         unread_without={"branch": "gate"},
     ),
 )
+
+
+def _norm_again_empty(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor]:
+    """y, not yet written."""
+    return (torch.empty(x.shape, dtype=args[-1], device=x.device),)
+
+
+def _norm_again_fwd(
+    results: tuple[torch.Tensor],
+    x: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    branch: torch.dtype,
+    gate: torch.dtype | None,
+    eps: float,
+    norm: str,
+    out_dtype: torch.dtype,
+) -> None:
+    mean, rstd = torch.empty((2, *x.shape[:2]), dtype=torch.float32, device=x.device)
+    norm_fwd(_OP.name, FWD_CONFIGS, (*results, mean, rstd), x, None, None, shift, scale, weight, eps, norm, (branch, gate))
+
+
+_AGAIN = Op(
+    "norm_again",
+    lambda x, shift, scale, weight, branch, gate, *options: adaln_modulate_ref(x, shift, scale, weight, *options),
+    kernels=Kernels(
+        inputs="Tensor x, Tensor? shift, Tensor? scale, Tensor? weight",
+        attrs="ScalarType branch, ScalarType? gate, float eps, str norm, ScalarType out_dtype",
+        outputs=("y",),
+        saved=(),
+        empty=_norm_again_empty,
+        fwd=_norm_again_fwd,
+        bwd=None,
+    ),
+)
+
+
+def norm_again(
+    x_new: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    branch: torch.dtype,
+    gate: torch.dtype | None,
+    eps: float,
+    norm: str,
+    out_dtype: torch.dtype,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """y of `gate_residual_adaln_modulate`, to the bit, from its x_new and the dtypes of its branch and gate.
+
+    It has the tiles of that op, pinned or measured, which decide the order of a row's sums; adaln_modulate's are other
+    ones. No derivative: a recompute policy takes the op's.
+    """
+    return _AGAIN(backend, (x_new, shift, scale, weight), (branch, gate, eps, norm, out_dtype))
 
 
 def gate_residual_adaln_modulate(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditfast import kernels
+from ditfast.kernels.gate_residual_adaln_modulate import norm_again
 from ditfast.layers.architecture import MODULATION, Architecture
 from ditfast.layers.attention import Attention, CrossAttention, Rope
 from ditfast.layers.mlp import Mlp, SwiGlu
@@ -72,9 +73,11 @@ def norm_modulate(
     if run is call or 0 in drop or kernels.backend_of("gate_residual_adaln_modulate", x.device, x.dtype) == "reference":
         return run(op, *tensors, drop=drop)
 
+    added = {"branch": branch.dtype, "gate": None if gate is None else gate.dtype}
+
     def norm_alone(x: Tensor, y: Tensor) -> tuple[Any, ...]:
         """Of a stream that is kept: it is then not written again, nor the branch read."""
-        return partial(_norm_modulate, options), x, shift, scale, norm.weight
+        return partial(norm_again, **added, **options), x, shift, scale, norm.weight
 
     return run(op, *tensors, drop=drop, redo=norm_alone)
 
