@@ -3,6 +3,7 @@
 Nothing here runs a kernel of ditfast: the loss and the moments are the plain PyTorch of its diffusion package.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -45,6 +46,18 @@ class _Attention(reference.Attention):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class _TimestepEmbedder(reference.TimestepEmbedder):
+    """The reference's embedding; in float64 its angles too, as in fp32 their rounding is an error like any other's."""
+
+    def forward(self, t):
+        dtype, half = self.mlp[0].weight.dtype, self.frequency_size // 2
+        if dtype is not torch.float64:
+            return super().forward(t)
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype, device=t.device) / half)
+        angle = t[:, None].to(dtype) * frequencies
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
+
+
 class _Block(reference.DiTBlock):
     """The reference's block, which its backward computes again."""
 
@@ -68,6 +81,7 @@ def build_reference(config: ModelConfig, state: dict[str, Tensor], recipe: Recip
         )  # fmt: skip
     model.load_state_dict({"pos_embed": model.pos_embed.detach()} | state)
     model.y_embedder.dropout = 0
+    model.t_embedder.__class__ = _TimestepEmbedder
     for block in model.blocks:
         if recipe.sdpa:
             block.attn.__class__ = _Attention

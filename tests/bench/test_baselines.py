@@ -56,6 +56,15 @@ def test_every_recipe_has_the_reference_gradients(name, weights):
         torch.testing.assert_close(found[key], value, rtol=1e-7, atol=1e-10)
 
 
+def test_the_truth_embeds_timesteps_in_float64(weights):
+    t = torch.tensor([999, 500])
+    found = peer(weights).model.t_embedder
+    inner, found.mlp = found.mlp, torch.nn.Sequential(torch.nn.Identity().double())
+    found.mlp[0].weight = inner[0].weight
+    angle = 999 * 10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
+    torch.testing.assert_close(found(t)[0, :128], angle.cos(), rtol=0, atol=1e-11)
+
+
 def test_gradients_in_chunks_are_those_of_the_batch(weights):
     whole, chunked = peer(weights).gradients(exact_batch()), peer(weights).gradients(exact_batch(), rows=3)
     for key, value in whole.items():

@@ -52,3 +52,9 @@ def test_a_missing_gradient_is_named(truth):
     results = off(0.0)
     del results["d"]
     assert truth.judge(results) == "d (1 in all) are not in both its results and the reference's"
+
+
+def test_a_tensor_that_the_reference_happens_to_have_exact_may_err_as_others_do():
+    truth = Truth(EXACT, off(1e-3, b=1e-7))
+    assert truth.judge(off(1e-3)) is None
+    assert "the error of b" in truth.judge(off(1e-3, b=3.6e-3))
