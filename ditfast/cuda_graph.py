@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from ditfast import kernels
 from ditfast.config import ConfigError
+from ditfast.diffusion.guidance import key_of
 from ditfast.diffusion.samplers import Step
 from ditfast.diffusion.types import Model, TensorFn
 from ditfast.layers.plain import has_hooks
@@ -83,9 +84,11 @@ class CudaGraph:
             self._calls[key] += 1
             if len(self._calls) > self.max_shapes:
                 shapes = ", ".join(str(tuple(t.shape)) for t in inputs)
+                same = any(other[: len(inputs)] == key[: len(inputs)] for other in self._calls if other != key)
+                remedy = "give the same model and options to every step" if same and form else "keep to one batch size"
                 raise ConfigError(
                     f"{self.option}: inputs of shapes {shapes} need graph {len(self._calls)}, and {self.max_shapes} "
-                    "can be kept; keep to one batch size, or leave the option off"
+                    f"can be kept; {remedy}, or leave the option off"
                 )
             if self._calls[key] <= WARMUP:
                 return self._run_aside(inputs, form)
@@ -120,8 +123,12 @@ class StepGraph:
     """Steps of sampling loops as CUDA graphs, each the networks, their guidance, the update and the write of x.
 
     A `run_step` of the loops in `ditfast.diffusion`, given y (B,) and noise_fn beside, which a step without noise may
-    have as None; all loops must be of one sampler and one model. Noise is drawn before the replay. The x that a step
-    returns is the memory that the next one reads and writes: copy what shall last.
+    have as None. Each model that they give it has its graph, as has each set of the sampler's options: a model that
+    makes another callable for every step needs more than there can be. Of what a model reads beside its arguments only
+    tensors, written in place, may change. Noise is drawn before the replay. The x that a step returns is the memory
+    that the next one reads and writes: copy what shall last.
+
+    Raises ConfigError as CudaGraph does, and for model_kwargs beside y, which a replay would not read.
     """
 
     def __init__(self, option: str, device: torch.device):
@@ -144,15 +151,29 @@ class StepGraph:
         own = self._x[x.shape]
         if x is not own:  # a loop begins
             own.copy_(x)
-        # With an interval a guidance has a callable of its own for every step: of two kinds, guided or not.
-        form: Any = getattr(model, "__func__", type(model)), len(more)
+        form = len(more), key_of(model), *self._options(step)
         self._steps[form] = partial(step, model)
         noise = () if noise_fn is None else (noise_fn(own),)
         return {"sample": own, "pred_xstart": self._graph(t, y, *more, *noise, form=form, shape=x.shape)}
 
-    def _advance(self, t: Tensor, y: Tensor, *tensors: Tensor, form: tuple[Any, int], shape: torch.Size) -> Tensor:
+    def _options(self, step: Callable[..., Step]) -> tuple[Hashable, ...]:
+        """What tells one sampler's step with its options from another, but for the noise and y."""
+        if not isinstance(step, partial):
+            return (step,)
+        options = dict(step.keywords)
+        if others := sorted(set(options.pop("model_kwargs", None) or {}) - {"y"}):
+            raise ConfigError(
+                f"{self._graph.option}: model_kwargs has {', '.join(others)}, which a recorded step would read but "
+                "once; bind what is constant to the model, or leave the option off"
+            )
+        options.pop("noise_fn", None)
+        plain = (bool, int, float, type(None))
+        kept = ((name, v if isinstance(v, plain) else id(v)) for name, v in sorted(options.items()))
+        return step.func, *map(id, step.args), *kept
+
+    def _advance(self, t: Tensor, y: Tensor, *tensors: Tensor, form: tuple[Any, ...], shape: torch.Size) -> Tensor:
         x = self._x[shape]
-        more, noise = tensors[: form[1]], tensors[form[1] :]
+        more, noise = tensors[: form[0]], tensors[form[0] :]
         options = {"noise_fn": (lambda _: noise[0]) if noise else None, "model_kwargs": {"y": y}}
         out = self._steps[form](x, t, *more, **options)
         x.copy_(out["sample"])

@@ -418,3 +418,68 @@ class TestSampling:
         for plain, replayed in zip(*loops, strict=True):
             assert torch.equal(plain["sample"], replayed["sample"])
             assert torch.equal(plain["pred_xstart"], replayed["pred_xstart"])
+
+    @pytest.fixture
+    def both(self):
+        """both(model, **options): the samples of a loop of 12 steps, as it is and by graphs."""
+
+        def run(model, **options):
+            process = create_diffusion("ddim12", learn_sigma=False)
+            x, y = torch.randn(2, 3, 4, device=DEVICE), torch.tensor([1, 2], device=DEVICE)
+            run_step = partial(StepGraph("option", DEVICE), y=y, noise_fn=torch.zeros_like)
+            kwargs = {"y": y} | options
+            return [
+                process.ddim_sample_loop(model, x.shape, x, model_kwargs=kwargs, **graph)
+                for graph in ({}, {"run_step": run_step})
+            ]
+
+        return run
+
+    @staticmethod
+    def network(x, t, y):
+        return x.sin() * (1 + y.view(-1, 1, 1)) + t.view(-1, 1, 1) / 1000
+
+    def by_timestep(self, choose):
+        class Chooses:
+            def at_timestep(self, t):
+                return choose(t)
+
+        return Chooses()
+
+    def test_guidances_of_several_weights(self, both):
+        """Equal ones share a graph, though each step has one of its own; others do not."""
+        chosen = self.by_timestep(lambda t: ClassifierFreeGuidance(self.network, 1.0 + (t > 500), 3))
+        plain, replayed = both(chosen)
+        assert torch.equal(plain, replayed)
+        if not GPU:
+            assert len(StandIn.made) == 2
+
+    def test_a_guidance_that_is_changed(self, both):
+        guidance = ClassifierFreeGuidance(self.network, 1.0, 3)
+
+        def choose(t):
+            guidance.scale = 2.0 if t > 500 else 4.0
+            return guidance
+
+        assert torch.equal(*both(self.by_timestep(choose)))
+
+    def test_a_model_of_its_own_for_every_step_is_refused(self, both):
+        chosen = self.by_timestep(lambda t: lambda x, _, y: x * (1 + t / 1000))
+        with pytest.raises(ConfigError, match="need graph 9.*give the same model and options to every step"):
+            both(chosen)
+
+    def test_other_options_of_the_sampler_have_their_graph(self):
+        process = create_diffusion("ddim10", learn_sigma=False)
+        x, y = torch.randn(2, 3, 4, device=DEVICE), torch.tensor([1, 2], device=DEVICE)
+        run_step = partial(StepGraph("option", DEVICE), y=y, noise_fn=torch.zeros_like)
+        for clip in (False, True):
+            options = {"clip_denoised": clip, "model_kwargs": {"y": y}}
+            plain, replayed = (
+                process.ddim_sample_loop(self.network, x.shape, x, **options, **graph)
+                for graph in ({}, {"run_step": run_step})
+            )
+            assert torch.equal(plain, replayed)
+
+    def test_further_arguments_of_the_model_are_refused(self, both):
+        with pytest.raises(ConfigError, match="option: model_kwargs has w, which a recorded step"):
+            both(lambda x, t, y, w: x * w, w=torch.ones(1, device=DEVICE))

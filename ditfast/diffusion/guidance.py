@@ -39,6 +39,9 @@ def _check_output(name: str, out: Tensor, x: Tensor) -> None:
         )
 
 
+_OPTION = (float, int, tuple, type(None))
+
+
 class _Guidance(ABC):
     """What both kinds share: the interval, and the mixing of the two predictions."""
 
@@ -80,6 +83,10 @@ class _Guidance(ABC):
         everywhere.interval = None
         return everywhere
 
+    def parts(self) -> tuple[Any, ...]:
+        """What tells this guidance from another one: its class, options and networks."""
+        return type(self), *sorted((name, v if isinstance(v, _OPTION) else id(v)) for name, v in vars(self).items())
+
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
         """Guided output (N, C or 2C, ...) for x (N, C, ...), timesteps t (N,) and labels y (N,).
 
@@ -99,6 +106,17 @@ class _Guidance(ABC):
             return Unmixed(conditional)
         guided = self._guided(x, t, y, **kwargs).mixed()
         return Unmixed(torch.where(inside.view(-1, *(1,) * (x.ndim - 1)), guided, conditional))
+
+
+def key_of(model: Model) -> Any:
+    """What two models have in common if a recorded step of one is a step of the other: guidances may be equal copies.
+
+    Any other model is like none but itself, a method like that of an equal guidance.
+    """
+    owner = getattr(model, "__self__", None)
+    if owner is not None:
+        return key_of(owner), getattr(model, "__func__", id(model))
+    return model.parts() if isinstance(model, _Guidance) else id(model)
 
 
 def unmixed_form(model: Model) -> Callable[..., Any]:

@@ -90,8 +90,8 @@ def check_flag(op: str, name: str, value: bool) -> None:
         raise ValueError(f"{op}: {name} is {value!r}, expected True or False")
 
 
-def check_contiguous(op: str, tensors: Mapping[str, torch.Tensor]) -> None:
+def check_contiguous(op: str, tensors: Mapping[str, torch.Tensor | None]) -> None:
     """ValueError naming the first tensor that is not contiguous."""
     for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
+        if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{op}: {name} has strides {tensor.stride()}, expected a contiguous tensor; copy it first")

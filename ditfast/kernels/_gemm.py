@@ -262,6 +262,6 @@ def linear_dtype(x: torch.Tensor, *weights: torch.Tensor) -> torch.dtype:
     return dtype
 
 
-def library_on_a_gpu(device: torch.device, dtype: torch.dtype, inputs: Any) -> str:
+def library_on_gpu(device: torch.device, dtype: torch.dtype, inputs: Any) -> str:
     """What "auto" takes for an MLP: the library's GEMMs on a GPU until Triton's are measured, else PyTorch's form."""
     return "gemm" if device.type == "cuda" else "reference"

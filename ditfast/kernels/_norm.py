@@ -313,7 +313,7 @@ def norm_fwd(
     x_new, y, mean, rstd = results if branch is not None else (None, *results)
     B, T, _ = x.shape
     added = added or [None if t is None else t.dtype for t in (branch, gate)]
-    facts = (x.dtype, *added, shift, scale, weight, y.dtype, norm)
+    facts = (x.dtype, *added, shift, scale, weight, results[-3].dtype, norm)
     chunks, meta = tiling(op, "fwd", configs, x.shape, *facts)
     tensors, strides = laid_out((x, 3), (branch, 3), (gate, 2), (shift, 2), (scale, 2), (weight, 1))
     args = (*tensors, x_new, y, mean if norm == "layer" else None, rstd, T, chunks, eps, *strides)

@@ -107,7 +107,7 @@ class Op:
         if self.kernels:
             register: Any = _register_in_place if isinstance(self.kernels, InPlace) else _register
             schema = self.kernels.schema if isinstance(self.kernels, InPlace) else self.kernels.inputs
-            object.__setattr__(self, "optional", frozenset(re.findall(r"Tensor\? (\w+)", schema)))
+            object.__setattr__(self, "optional", frozenset(re.findall(r"Tensor(?:\(\w!\))?\? (\w+)", schema)))
             object.__setattr__(self, "_apply", register(self.name, self.kernels))
 
     @property
@@ -149,8 +149,8 @@ class Op:
 
     def __call__(self, backend: str, inputs: Sequence[Any], attrs: Sequence[Any] = ()) -> Any:
         """The outputs, differentiable, by the backend asked for; inputs are tensors, None, or lists of tensors."""
-        lead = inputs[0][0] if isinstance(inputs[0], list) else inputs[0]
-        assert lead is not None
+        lead = next(given for given in inputs if given is not None)
+        lead = lead[0] if isinstance(lead, list) else lead
         backend = self.choose(backend, lead.device, _first_refused(lead.dtype, inputs, attrs), inputs)
         if _calls is not None:
             _calls.append((self.name, backend))
@@ -317,7 +317,7 @@ def _register_in_place(name: str, kernels: InPlace) -> Callable[..., Any]:
         kernels.run(*args)
         # A kernel writes behind autograd's back, which would then not notice that a tensor it saved has changed.
         written = (arg for arg, is_written in zip(args, writes, strict=True) if is_written)
-        torch.autograd.graph.increment_version(tree_leaves(list(written)))
+        torch.autograd.graph.increment_version([t for t in tree_leaves(list(written)) if t is not None])
 
     def fake(*args: Any) -> None:
         if _triton.is_recording():

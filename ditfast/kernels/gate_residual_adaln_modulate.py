@@ -139,7 +139,9 @@ def _norm_again_fwd(
     out_dtype: torch.dtype,
 ) -> None:
     mean, rstd = torch.empty((2, *x.shape[:2]), dtype=torch.float32, device=x.device)
-    norm_fwd(_OP.name, FWD_CONFIGS, (*results, mean, rstd), x, None, None, shift, scale, weight, eps, norm, (branch, gate))
+    norm_fwd(
+        _OP.name, FWD_CONFIGS, (*results, mean, rstd), x, None, None, shift, scale, weight, eps, norm, (branch, gate)
+    )
 
 
 _AGAIN = Op(

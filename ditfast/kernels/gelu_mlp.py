@@ -30,22 +30,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ._activations import gelu, gelu_and_slope
 from ._checks import check_dims, check_flag, check_floating, check_not_empty
-from ._gemm import (
-    gemm,
-    halves,
-    library_on_a_gpu,
-    linear_dtype,
-    matrix,
-    multiply,
-    operands,
-    programs,
-    tile_at,
-    tiles_for,
-)
+from ._gemm import gemm, halves, library_on_gpu, linear_dtype, matrix, multiply, operands, programs, tile_at, tiles_for
 from ._op import Kernels, Op
 from ._rows import column_sums, empty_partials, sum_partials
 from ._triton import jit, launch, tl
-from .gelu_backward import gelu_backward
+from .gelu_backward import gelu_backward, gelu_pass
 from .peers import apex_gelu_mlp, diffusers_gelu_mlp, flash_attn_gelu_mlp
 from .spec import Case, OpSpec
 
@@ -93,16 +82,21 @@ class _Gemm(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         with torch.autocast(dy.device.type, enabled=False):
             h, w1, b1, w2, _ = (tensor.to(ctx.compute) for tensor in tensors)
-            pre = F.linear(h, w1, b1) if pre is None else pre
-            h, pre, dy = matrix(h), matrix(pre), matrix(dy)
-            dpre, act, db1 = dy @ w2, torch.empty_like(pre), torch.empty_like(tensors[2])
-            gelu_backward(dpre, pre, act, db1)
+            h, dy = matrix(h), matrix(dy)
+            nothing: Any = None
+            dpre = act = db1 = nothing
+            if any(wanted[:4]):
+                pre = F.linear(h, w1, b1) if pre is None else matrix(pre)
+                dpre = dy @ w2 if any(wanted[:3]) else None
+                act = torch.empty_like(pre) if wanted[3] else None
+                db1 = torch.empty_like(tensors[2]) if wanted[2] else None
+                gelu_backward(dpre, pre, act, db1)
             grads = (
                 (dpre @ w1).view(tensors[0].shape) if wanted[0] else None,
                 dpre.T @ h if wanted[1] else None,
                 db1,
                 dy.T @ act if wanted[3] else None,
-                dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)),
+                dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if wanted[4] else None,
             )
         return *(None if g is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)), None, None
 
@@ -256,7 +250,12 @@ def _gelu_mlp_bwd(
     if recompute:
         pre = h.new_empty((M, N), dtype=compute)
         gemm(pre, (rows, w1.T), bias=b1)
-    dpre, act = torch.empty_like(pre), None if dw2 is None else torch.empty_like(pre)
+    act: Any = None if dw2 is None else torch.empty_like(pre)
+    if dw2 is not None and dh is None and dw1 is None and db1 is None:
+        gelu_pass(None, pre, act, None)
+        gemm(dw2, (dy.T, act))
+        return
+    dpre = torch.empty_like(pre)
     tiles = tiles_for(M, N, dy, w2, further=1, kernel="gelu_mlp_bwd")
     partial = None if db1 is None else empty_partials(1, -(-M // tiles.m), 1, N, h.device)
     args, meta = operands(tiles, (dy, w2))
@@ -268,7 +267,7 @@ def _gelu_mlp_bwd(
         gemm(matrix(dh), (dpre, w1))
     if dw1 is not None:
         gemm(dw1, (dpre.T, rows))
-    if dw2 is not None and act is not None:
+    if dw2 is not None:
         gemm(dw2, (dy.T, act))
 
 
@@ -286,7 +285,7 @@ _OP = Op(
         bwd=_gelu_mlp_bwd,
         skips=("h", "w1", "b1", "w2", "b2"),
     ),
-    auto=library_on_a_gpu,
+    auto=library_on_gpu,
 )
 
 

@@ -141,7 +141,7 @@ class OpSpec:
         written = (*self.mutates, *self.overwrites)
         copies = tree_map_only(torch.Tensor, torch.clone, {name: inputs[name] for name in written})
         outputs = self.fn(**{**inputs, **copies}, backend=backend)
-        lists = filter(None, map(tree_leaves, copies.values()))
+        lists = filter(None, (tree_leaves(value) for value in copies.values() if value is not None))
         return tuple(torch.cat([t.flatten() for t in each]) for each in lists) if written else _tuple(outputs)
 
     def bytes_min(self, inputs: Mapping[str, Any]) -> dict[str, int]:

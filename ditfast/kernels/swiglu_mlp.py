@@ -27,24 +27,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ._activations import silu_and_slope
 from ._checks import check_dims, check_flag, check_floating, check_not_empty
-from ._gemm import (
-    gemm,
-    halves,
-    library_on_a_gpu,
-    linear_dtype,
-    matrix,
-    multiply,
-    operands,
-    programs,
-    tile_at,
-    tiles_for,
-)
+from ._gemm import gemm, halves, library_on_gpu, linear_dtype, matrix, multiply, operands, programs, tile_at, tiles_for
 from ._op import Kernels, Op
 from ._rows import column_sums, empty_partials, sum_partials
 from ._triton import capability, jit, launch, tl
 from .peers import liger_swiglu_mlp, xformers_swiglu_mlp
 from .spec import Case, OpSpec
-from .swiglu_backward import swiglu_backward
+from .swiglu_backward import swiglu_backward, swiglu_pass
 
 DIMS = {"h": "... D", "w1": "F D", "w3": "F D", "w2": "D F", "b1": "F", "b3": "F", "b2": "D"}
 
@@ -97,12 +86,17 @@ class _Gemm(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         with torch.autocast(dy.device.type, enabled=False):
             h, w1, w3, w2, b1, b3, _ = _cast(tensors, ctx.compute)
-            if gate is None:
-                gate, up = F.linear(h, w1, b1), F.linear(h, w3, b3)
-            h, gate, up, dy = (matrix(tensor) for tensor in (h, gate, up, dy))
-            act, dgate, dup = dy @ w2, torch.empty_like(gate), torch.empty_like(up)
-            db1, db3 = (w.new_empty(w.shape[0]) if b is None else torch.empty_like(b) for w, b in ((w1, b1), (w3, b3)))
-            swiglu_backward(act, gate, up, dgate, dup, db1, db3)
+            h, dy = matrix(h), matrix(dy)
+            nothing: Any = None
+            act = dgate = dup = db1 = db3 = nothing
+            if any(wanted[:6]):
+                kept = (gate, up) if gate is not None else (F.linear(h, w1, b1), F.linear(h, w3, b3))
+                gate, up = map(matrix, kept)
+                passed = any((*wanted[:3], *wanted[4:6]))
+                act = dy @ w2 if passed else torch.empty_like(gate)
+                dgate, dup = (torch.empty_like(gate) if passed else None for _ in range(2))
+                db1, db3 = (torch.empty_like(b) if want else None for b, want in ((b1, wanted[4]), (b3, wanted[5])))
+                swiglu_backward(act, gate, up, dgate, dup, db1, db3)
             grads = (
                 torch.addmm(dgate @ w1, dup, w3).view(tensors[0].shape) if wanted[0] else None,
                 dgate.T @ h if wanted[1] else None,
@@ -303,10 +297,14 @@ def _swiglu_mlp_bwd(
         gate, up = (h.new_empty((M, N), dtype=compute) for _ in range(2))
         gemm(gate, (rows, w1.T), bias=b1)
         gemm(up, (rows, w3.T), bias=b3)
-    dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
-    act = None if dw2 is None else torch.empty_like(gate)
-    tiles = tiles_for(M, N, dy, w2, further=2, kernel="swiglu_mlp_bwd")
+    act: Any = None if dw2 is None else torch.empty_like(gate)
     biases = [None if b is None else db for b, db in ((b1, db1), (b3, db3))]
+    if dw2 is not None and all(grad is None for grad in (dh, dw1, dw3, *biases)):
+        swiglu_pass(act, gate, up, None, None, None, None)
+        gemm(dw2, (dy.T, act))
+        return
+    dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
+    tiles = tiles_for(M, N, dy, w2, further=2, kernel="swiglu_mlp_bwd")
     partial = empty_partials(1, -(-M // tiles.m), 2, N, h.device) if any(db is not None for db in biases) else None
     args, meta = operands(tiles, (dy, w2))
     args = [dgate, dup, act, gate, up, partial, M, N, K, *args]
@@ -317,7 +315,7 @@ def _swiglu_mlp_bwd(
     if dh is not None:
         gemm(matrix(dh), (dgate, w1), (dup, w3))
     for dw, side, other in ((dw1, dgate, rows), (dw3, dup, rows), (dw2, dy, act)):
-        if dw is not None and other is not None:
+        if dw is not None:
             gemm(dw, (side.T, other))
 
 
@@ -335,7 +333,7 @@ _OP = Op(
         bwd=_swiglu_mlp_bwd,
         skips=("h", "w1", "w3", "w2", "b1", "b3", "b2"),
     ),
-    auto=library_on_a_gpu,
+    auto=library_on_gpu,
 )
 
 

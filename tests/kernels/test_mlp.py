@@ -51,7 +51,7 @@ def kept_bytes(spec, backend, recompute, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("spec", MLPS)
-def test_auto_takes_the_library_on_a_gpu_and_pytorch_on_a_cpu(spec):
+def test_auto_takes_the_library_on_gpu_and_pytorch_on_a_cpu(spec):
     assert [backend_of(spec.name, device, torch.bfloat16) for device in ("cuda", "cpu")] == ["gemm", "reference"]
 
 

@@ -92,10 +92,11 @@ def test_the_tiny_model_on_triton_equals_the_golden_outputs(tiny, golden, golden
 
 
 class Writes(TorchDispatchMode):
-    """What is written per token inside, as (writer, width, dtype), down into the raw ops and their launchers.
+    """What is written inside, as (writer, numbers per token, dtype), down into the raw ops and their launchers.
 
-    Of fewer than `least` numbers a token there are a norm's and attention's statistics.
-    A writer is a raw op or, outside of them, an operator of PyTorch's. What a kernel fills shows by its allocation.
+    Below `least` bytes a token are the statistics of norms and attention, partial sums and, where tokens are many, the
+    gradients of weights. A writer is a raw op or, outside of them, an operator of PyTorch's. What a kernel fills shows
+    by its allocation.
     """
 
     def __init__(self, tokens, least):
@@ -115,10 +116,9 @@ class Writes(TorchDispatchMode):
         before = {t.untyped_storage()._cdata for t in given}
         written = any(argument.alias_info and argument.alias_info.is_write for argument in func._schema.arguments)
         for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and (written or t.untyped_storage()._cdata not in before):
-                width, rest = divmod(t.numel(), self.tokens)
-                if width >= self.least and not rest:  # weights and partial sums leave one: tokens have a large prime
-                    self.seen.append((self.within or func._schema.name, width, t.dtype))
+            new = isinstance(t, torch.Tensor) and (written or t.untyped_storage()._cdata not in before)
+            if new and t.nbytes >= self.least * self.tokens:
+                self.seen.append((self.within or func._schema.name, t.numel() / self.tokens, t.dtype))
         return out
 
 
@@ -153,7 +153,7 @@ BACKWARD = [
     *NORM_BACKWARD,
 ]
 # The first norm's x is computed again as well, since one kernel makes both; the second's is kept, and y made from it.
-Y_AGAIN = ("y", "adaln_modulate_fwd", 1, False)
+Y_AGAIN = ("y", "norm_again_fwd", 1, False)
 WRITTEN = {
     "none": (FORWARD, BACKWARD),
     "ops": (FORWARD, [Y_AGAIN, *BACKWARD[:7], *NORM, *BACKWARD[7:]]),
@@ -167,15 +167,42 @@ WRITTEN = {
     ),
 }
 
+# The launches of the same, in which a write into memory that is there already would show: a kernel each, and the sum of
+# partial rows behind it where it leaves some.
+SUM = "sum_partials"
+LAUNCHED = ["norm_fwd", "attention_fwd", "norm_fwd", "gelu_mlp_fwd", "gemm"]
+MLP_BACKWARD = ["column_sums", SUM, "gelu_mlp_bwd", SUM, "gemm", "gemm", "gemm"]
+LAUNCHED_BACKWARD = [*MLP_BACKWARD, "norm_bwd", SUM, "attention", "norm_bwd", SUM]
+LAUNCHES = {
+    "none": (LAUNCHED, LAUNCHED_BACKWARD),
+    "ops": (LAUNCHED, ["norm_fwd", *LAUNCHED_BACKWARD[:10], "norm_fwd", *LAUNCHED_BACKWARD[10:]]),
+    "mlp": (
+        LAUNCHED,
+        ["norm_fwd", *MLP_BACKWARD[:2], "gemm", *LAUNCHED_BACKWARD[2:10], "norm_fwd", *LAUNCHED_BACKWARD[10:]],
+    ),
+    "block": (
+        [*LAUNCHED, "gate_residual_fwd"],
+        [*LAUNCHED, "gate_residual_fwd", "gate_residual_bwd", "gate", *LAUNCHED_BACKWARD],
+    ),
+}
+
+
+def launches(policy, gated, T):
+    """LAUNCHES, with what depends on the block and on attention's form."""
+    attention = ["attention_short_bwd"] if T <= 256 else ["attention_dq", "attention_dkdv"]
+    parts = {"attention": attention, "gate": [SUM] if gated else []}
+    return [[kernel for name in names for kernel in parts.get(name, [name])] for names in LAUNCHES[policy]]
+
 
 @pytest.mark.parametrize("policy", WRITTEN)
 @pytest.mark.parametrize("dtype, autocast", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("gated", (True, False), ids=("adaLN-Zero", "adaLN"))
+@pytest.mark.parametrize("gated", (True, False), ids=("adaln_zero", "adaln"))
 @pytest.mark.parametrize("T", (251, 263), ids=("short", "long"))
 def test_a_block_writes_what_the_tables_list(T, gated, dtype, autocast, policy, device, auto_is):
     """In the middle of a model: behind another block, and in front of one."""
-    B, D, compute = 2, 32, autocast or dtype
-    block = DiTBlock(D, 1, gated=gated).to(device, dtype)
+    B, D, compute = 8, 32, autocast or dtype
+    form = Architecture(hidden_size=D, num_heads=1, block="adaln_zero" if gated else "adaln")
+    block = DiTBlock(form).to(device, dtype)
     block.recompute = policy
 
     def leaf(kind, *shape):
@@ -184,13 +211,15 @@ def test_a_block_writes_what_the_tables_list(T, gated, dtype, autocast, policy, 
     x, branch, gate = leaf(dtype, B, T, D), leaf(compute, B, T, D), leaf(compute, B, D) if gated else None
     modulation = leaf(compute, B, (6 if gated else 4) * D)
     auto_is("triton")
-    with recording():  # launches are noted, and not made
-        with torch.autocast(device, autocast, enabled=autocast is not None), Writes(B * T, D // 2) as forward:
+    with recording() as launched:  # launches are noted, and not made
+        with torch.autocast(device, autocast, enabled=autocast is not None), Writes(B * T, D - 4) as forward:
             out = block.forward_pending((x, branch, gate), modulation)
         out = [t for t in out[:2] if t is not None]
-        gradients = [torch.ones_like(t) for t in out]
+        gradients, made = [torch.ones_like(t) for t in out], len(launched)
         wanted = [x, branch, modulation, *(p for n, p in block.named_parameters() if "adaLN" not in n)]
-        with Writes(B * T, D // 2) as backward:
+        with Writes(B * T, D - 4) as backward:
             torch.autograd.grad(out, wanted, gradients)
     for writes, rows in zip((forward, backward), WRITTEN[policy], strict=True):
         assert writes.seen == [(writer, width * D, dtype if stream else compute) for _, writer, width, stream in rows]
+    names = [launch.kernel.__name__.strip("_").removesuffix("_kernel") for launch in launched]
+    assert [names[:made], names[made:]] == launches(policy, gated, T)
