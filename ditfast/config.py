@@ -53,7 +53,10 @@ class Precision:
 
     @contextmanager
     def autocast(self, device: torch.device | str) -> Iterator[None]:
-        """The context of a forward; autocast is off in it where the parameters already have the compute dtype."""
+        """The context of a forward; autocast is off in it where the parameters already have the compute dtype.
+
+        With tf32, run the backward in `products`: what it computes again would else be IEEE, and not what it was.
+        """
         enabled = self.compute is not self.params
         kind = torch.device(device).type
         with torch.autocast(kind, dtype=self.compute if enabled else None, enabled=enabled), self.products():

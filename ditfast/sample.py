@@ -187,7 +187,7 @@ def draw(
     by_step: Any = ByTimestep(guided, [n.go_to for n in (main, other) if n is not None])
     graph = StepGraph("sample.cuda_graph", network.device) if options.cuda_graph else None
     shape = (model.in_channels, *model.x_embedder.img_size)
-    drawn = torch.empty(len(labels), *shape)
+    drawn = torch.empty(len(labels), *shape, dtype=torch.float32, device="cpu")
     for start in range(0, len(labels), options.batch_size):
         y = labels[start : start + options.batch_size]
         main.begin(diffusion.timestep_map, torch.cat([y, y.new_tensor(nulls)]))

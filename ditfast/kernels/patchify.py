@@ -228,6 +228,8 @@ def patchify(
     check_floating(_OP.name, tensors)
     if compute_dtype is not None:
         check_out_dtype(_OP.name, compute_dtype, "compute_dtype")
+        if compute_dtype.itemsize < 2:
+            raise ValueError(f"{_OP.name}: compute_dtype is {compute_dtype}, expected one of 16 bits or more")
     H, W, p = sizes["H"], sizes["W"], sizes["p"]
     if H % p or W % p:
         raise ValueError(f"{_OP.name}: x is {H} x {W}, expected multiples of the patch size {p}; pad or crop it")
