@@ -38,14 +38,14 @@ class Precision:
 
     @contextmanager
     def autocast(self, device: torch.device | str) -> Iterator[None]:
-        """The context of a forward; autocast is off in it where the parameters already have the compute dtype."""
+        """The context of a forward; off where parameters have the compute dtype. The backward's is `products`."""
         enabled = self.compute is not self.params
         kind = torch.device(device).type
         with torch.autocast(kind, dtype=self.compute if enabled else None, enabled=enabled), self.products():
             yield
 
     def products(self) -> AbstractContextManager[None]:
-        """The context of a backward, which autocast is not for: float32 products in TF32, or as PyTorch is set."""
+        """The context of a backward: without it TF32 becomes IEEE there, recomputed products with it. No autocast."""
         return tf32_products() if self.tf32 else nullcontext()
 
     def apply(self, model: Any) -> Any:

@@ -206,7 +206,7 @@ def draw(
     by_step: Any = ByTimestep(guided, [n.go_to for n in (main, *others)])
     graph = StepGraph("sample.cuda_graph", network.device) if options.cuda_graph else None
     shape = (model.in_channels, *model.x_embedder.img_size)
-    drawn = torch.empty(len(labels), *shape)
+    drawn = torch.empty(len(labels), *shape, dtype=torch.float32, device="cpu")
     for start in range(0, len(labels), options.batch_size):
         y = labels[start : start + options.batch_size]
         main.begin(loop.timesteps, torch.cat([y, y.new_tensor(nulls)]))

@@ -84,6 +84,17 @@ class TestDraw:
         torch.manual_seed(9)
         assert torch.equal(draw(net, config(sampler="ddpm"), labels), first)
 
+    def test_the_default_dtype_is_not_the_samples(self):
+        before = torch.get_default_dtype()
+        net, labels = network(), cycle_labels(2, None, 5)
+        expected = draw(net, config(), labels)
+        try:
+            torch.set_default_dtype(torch.bfloat16)
+            drawn = draw(net, config(), labels)
+        finally:
+            torch.set_default_dtype(before)
+        assert drawn.dtype == torch.float32 and drawn.device.type == "cpu" and drawn.shape == expected.shape
+
     def test_ddpm_at_the_noise_of_each_sample_is_the_diffusions_own_loop(self):
         net, options = network(), config(sampler="ddpm", guidance_scale=1.0, modulation_ahead=False)
         noise = sample.SampleNoise(0, range(2), (4, 8, 8), CPU)

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(specs: Sequence[OpSpec], options: argparse.Namespace) -> list[check.Row]:
-    tf32 = options.dtype == "tf32"
-    with tf32_products() if tf32 else nullcontext():
-        return list(check.check(specs, options.arch, torch.float32 if tf32 else getattr(torch, options.dtype)))
+    dtype, products = _precision(options.dtype)
+    with products:
+        return list(check.check(specs, options.arch, dtype))
+
+
+def _precision(name: str) -> tuple[torch.dtype, AbstractContextManager[None]]:
+    """The dtype of the inputs, and a context in which the products are as asked."""
+    return (torch.float32, tf32_products()) if name == "tf32" else (getattr(torch, name), nullcontext())
 
 
 def _probe(path: Path) -> None:
@@ -79,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", type=Path, metavar="FILE", help="write one object per row here as well")
     tuned = commands.add_parser("tune", help="measure configs on this GPU; what is in the file already is left")
     tuned.add_argument("--sizes", nargs="+", type=_size, default=[], metavar="B=64", help="in place of the benches'")
-    tuned.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    tuned.add_argument("--dtype", choices=(*DTYPES, "tf32"), default="bfloat16", help="of the inputs: %(default)s")
     tuned.add_argument("--cache", type=Path, default=autotune.CACHE, metavar="FILE", help="%(default)s")
     tuned.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after this long")
     for command in (compiled, counted, tuned):
@@ -98,13 +103,14 @@ def _size(text: str) -> tuple[str, int]:
 def _tune(specs: Sequence[OpSpec], options: argparse.Namespace) -> int:
     """Print and save each choice as soon as it is made, so that the next run goes on from there."""
     started, known = time.monotonic(), autotune.known(options.cache)
-    made = tune(specs, getattr(torch, options.dtype), dict(options.sizes), known)
-    for choice in made:
-        print(choice, flush=True)
-        autotune.write(options.cache, [choice])
-        if time.monotonic() - started > options.seconds:
-            print("out of time: the same command goes on from here")
-            return 0
+    dtype, products = _precision(options.dtype)
+    with products:
+        for choice in tune(specs, dtype, dict(options.sizes), known):
+            print(choice, flush=True)
+            autotune.write(options.cache, [choice])
+            if time.monotonic() - started > options.seconds:
+                print("out of time: the same command goes on from here")
+                return 0
     print(f"{options.cache} holds every choice asked for; use_tuned({str(options.cache)!r}) uses them")
     return 0
 

@@ -1,5 +1,6 @@
 """Argument checks shared by the ops: every message names what was given, what was expected and what to do."""
 
+import math
 from collections.abc import Collection, Mapping
 from numbers import Integral, Real
 
@@ -73,9 +74,10 @@ def check_out_dtype(op: str, out_dtype: torch.dtype, name: str = "out_dtype") ->
 
 
 def check_number(op: str, name: str, value: float) -> None:
-    """ValueError where this is no real number."""
-    if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt, Real)):
-        raise ValueError(f"{op}: {name} is {value!r}, expected a number")
+    """ValueError where this is no finite real number; True and False are none."""
+    real = isinstance(value, (float, int, torch.SymFloat, torch.SymInt, Real)) and not isinstance(value, bool)
+    if not real or not -math.inf < value < math.inf:
+        raise ValueError(f"{op}: {name} is {value!r}, expected a finite number")
 
 
 def check_whole(op: str, name: str, value: int, least: int) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from ._triton import capability, descriptor, jit, launch, tl
 from .autotune import pick
-from .tf32 import dot_precision
+from .tf32 import dot_precision, tf32_fact
 
 
 class Tiles(NamedTuple):
@@ -56,8 +56,8 @@ WIDE_GAIN = 1.1
 def tiles_for(M: int, N: int, *operands: torch.Tensor, further: int = 0, kernel: str = "gemm") -> Tiles:
     """The tiles of an (M, N) product, pinned or measured; the kernel's epilogue holds `further` beside the sums."""
     pinned = _pinned(M, N, operands, further)
-    tf32 = ["tf32"] if dot_precision(operands[0].dtype) == "tf32" else []
-    return Tiles(*pick(kernel, pinned, *operands, further, *map(_is_turned, operands), *tf32))
+    facts = (*operands, further, *map(_is_turned, operands), *tf32_fact(operands[0].dtype))
+    return Tiles(*pick(kernel, pinned, *facts))
 
 
 def _pinned(M: int, N: int, operands: Sequence[torch.Tensor], further: int) -> Tiles:

@@ -287,6 +287,8 @@ def adamw_ema(
     lists = {"weights": weights, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     lists |= {f"emas[{k}]": ema for k, ema in enumerate(emas)} | ({"copies": copies} if copies else {})
     _check_lists(lists, steps)
+    if not isinstance(decays, Sequence):
+        raise ValueError(f"{_OP.name}: decays is {decays!r}, expected a number for each of the {len(weights)} weights")
     for name, count, expected in (
         ("steps", sizes["N"], len(weights)),
         ("alphas", sizes["E"], len(emas)),

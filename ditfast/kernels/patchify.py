@@ -28,7 +28,7 @@ from ._triton import jit, launch, rows, tl
 from .autotune import pick
 from .peers import diffusers_patchify
 from .spec import Case, OpSpec, square
-from .tf32 import dot_precision
+from .tf32 import dot_precision, tf32_fact
 
 DIMS = {"x": "B C H W", "weight": "D C p p", "bias": "D", "pos_embed": "1 T D"}
 # (tokens and columns of a tile, most inputs of a dot, samples of a program, warps). Not measured on a chip yet.
@@ -151,7 +151,8 @@ def _patchify_fwd(
     B, T, D = y.shape
     p, K = weight.shape[-1], weight[0].numel()
     weight, pos_embed = weight.contiguous(), rows(pos_embed)
-    block_t, block_d, most_k, samples, warps = pick("patchify_fwd", CONFIG, x, weight, pos_embed, compute, out_dtype)
+    facts = (x, weight, pos_embed, compute, out_dtype, *tf32_fact(compute))
+    block_t, block_d, most_k, samples, warps = pick("patchify_fwd", CONFIG, *facts)
     blocks = -(-T // block_t) * -(-D // block_d)
     samples = rows_per_program(1, samples, blocks, B)
     meta = {
@@ -227,6 +228,8 @@ def patchify(
     check_floating(_OP.name, tensors)
     if compute_dtype is not None:
         check_out_dtype(_OP.name, compute_dtype, "compute_dtype")
+        if compute_dtype.itemsize < 2:
+            raise ValueError(f"{_OP.name}: compute_dtype is {compute_dtype}, expected one of 16 bits or more")
     H, W, p = sizes["H"], sizes["W"], sizes["p"]
     if H % p or W % p:
         raise ValueError(f"{_OP.name}: x is {H} x {W}, expected multiples of the patch size {p}; pad or crop it")

@@ -19,6 +19,7 @@ from . import _triton, autotune, check, parity
 from ._source import source_hash
 from .autotune import MAX_WARPS, Choice, Config
 from .spec import Case, OpSpec, RawCalls
+from .tf32 import tf32_fact
 
 MARGIN = 0.02  # what is faster by less is within the scatter, and not worth other bits
 HOPS = 4
@@ -157,7 +158,7 @@ def _kernels(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, done: Co
     """What the op's launchers ask a config for in this case, but for the keys that are done."""
     generator = torch.Generator(device).manual_seed(0)
     inputs = spec.make_inputs(case, dtype, device, generator)
-    truth = parity.truth(spec, inputs, generator)
+    truth = parity.truth(spec, inputs, generator, bool(tf32_fact(dtype)))
     with RawCalls() as raw:
         verdicts = truth.judge("triton")
     if wrong := [verdict for verdict in verdicts if not verdict.ok]:

@@ -10,10 +10,11 @@ block:k   `block` for every k-th block, `ops` for the others
 Gradients are the same bits under every policy, with one exception: over Triton kernels `block` ends a block in an op of
 its own, where the others share one with the next block, and sums round once more. memory.py has the bytes.
 
-Eagerly, `ops` and `mlp` replay single ops (replay.py). Nothing else is called twice, so hooks, LoRA, dropout and
-wrapped modules inside a block work, and what they save is kept. Selective checkpointing keeps the same bytes, but it
-interprets every PyTorch op in Python, in both directions: on a CPU 6 to 7 % of a step of DiT-S/2, where replay costs 0
-to 2 %. torch.compile cannot trace replay's hooks; it gets selective checkpointing, which costs nothing there.
+Eagerly, `ops` and `mlp` replay single ops (replay.py), a norm of a kept stream once for each op that saved it: twice
+where LoRA's and a trained weight both did. Nothing else is called twice, so hooks, LoRA, dropout and wrapped modules
+inside a block work, and what they save is kept. Selective checkpointing keeps the same bytes, but it interprets every
+PyTorch op in Python, in both directions: on a CPU 6 to 7 % of a step of DiT-S/2, where replay costs 0 to 2 %.
+torch.compile cannot trace replay's hooks; it gets selective checkpointing, which costs nothing there.
 """
 
 import itertools

@@ -223,7 +223,7 @@ def test_out_dtype_must_be_a_floating_one_that_the_backend_makes(spec):
 )
 def test_a_number_that_is_none_is_named(op, name):
     spec = SPECS_BY_NAME[op]
-    with pytest.raises(ValueError, match=rf"{op}: {name} is '1', expected a number"):
+    with pytest.raises(ValueError, match=rf"{op}: {name} is '1', expected a finite number"):
         spec.fn(**{**small(spec), name: "1"}, backend="triton")
 
 
@@ -275,6 +275,12 @@ def test_unpatchify_refuses_a_wrong_grid(width, grid, says):
         ("guided_step", {"keep_x0": None}),
         ("diffusion_loss", {"weight": None}),
         ("patchify", {"compute_dtype": "float32"}),
+        ("patchify", {"compute_dtype": torch.float8_e4m3fn}),
+        ("adamw_ema", {"decays": None}),
+        ("adaln_modulate", {"eps": True}),
+        ("adaln_modulate", {"eps": float("nan")}),
+        ("timestep_embedding", {"max_period": float("nan")}),
+        ("timestep_embedding", {"max_period": float("inf")}),
         ("unpatchify", {"grid": 4}),
         ("unpatchify", {"grid": (2.0, 3)}),
         ("unpatchify", {"patch_size": 0}),

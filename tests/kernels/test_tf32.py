@@ -4,14 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from ditfast.kernels import OPS, _gemm, _triton, gelu_mlp, parity
+from ditfast.kernels.__main__ import main
 from ditfast.kernels.attention import backward, forward, short
 from ditfast.kernels.tf32 import dot_precision, tf32_products
+from ditfast.kernels.tune import asks, tune
 
 SPECS = {spec.name: spec for spec in OPS if spec.flops and "triton" in spec.op.backends}
 CASES = [
@@ -68,11 +72,8 @@ def recorded(spec, case, dtype, asked):
     """The precisions of the dots that forward and backward launch."""
     from ditfast.kernels.check import launches
 
-    if not asked:
+    with tf32_products() if asked else nullcontext():
         found = launches(spec, case, dtype)
-    else:
-        with tf32_products():
-            found = launches(spec, case, dtype)
     return {launch.meta["PRECISION"] for launch in found if "PRECISION" in launch.meta}
 
 
@@ -92,6 +93,64 @@ def test_the_setting_is_pytorchs_by_either_name(old_name):
     finally:
         torch.set_float32_matmul_precision("highest")
         matmul.fp32_precision = "none"
+
+
+def test_the_block_follows_what_it_inherited():
+    """A setting of all of PyTorch's products is still theirs after the block."""
+    matmul = torch.backends.cuda.matmul
+    try:
+        torch.backends.fp32_precision = "ieee"
+        with tf32_products():
+            assert matmul.fp32_precision == "tf32"
+        assert matmul.fp32_precision == "ieee"
+        torch.backends.fp32_precision = "tf32"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.fp32_precision = "none"
+
+
+def test_the_older_name_stays_readable():
+    matmul = torch.backends.cuda.matmul
+    try:
+        torch.set_float32_matmul_precision("medium")
+        matmul.fp32_precision = "ieee"
+        with tf32_products():
+            pass
+        assert (torch.get_float32_matmul_precision(), matmul.fp32_precision) == ("medium", "ieee")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = "none"
+
+
+def test_blocks_may_overlap():
+    first, second = tf32_products(), tf32_products()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert dot_precision(torch.float32) == "tf32"
+    second.__exit__(None, None, None)
+    assert dot_precision(torch.float32) == "ieee"
+
+
+@pytest.mark.parametrize("name", ("patchify", "gelu_mlp", "attention"))
+def test_measured_configs_are_apart(name, tmp_path, device, monkeypatch):
+    """What `tune --dtype tf32` measures is what a run in TF32 asks for, and one in IEEE does not."""
+    spec = replace(SPECS[name], bench=SPECS[name].cases[:1])
+    with tf32_products():
+        choices = tune([spec], torch.float32, device=device, measure=lambda runs: [1.0] * len(runs),
+                       compiles=lambda kernel, config: False)  # fmt: skip
+        keys = {choice.key for choice in choices}
+        assert asks(spec, spec.bench[0], torch.float32) == keys
+    assert all("tf32" in key for key in keys) and not keys & asks(spec, spec.bench[0], torch.float32)
+
+
+def test_the_command_tunes_in_tf32(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(
+        "ditfast.kernels.__main__.tune", lambda specs, dtype, *rest: asked.append((dtype, dot_precision(dtype))) or ()
+    )
+    assert main(["tune", "--op", "patchify", "--dtype", "tf32", "--cache", str(tmp_path / "tuned.json")]) == 0
+    assert asked == [(torch.float32, "tf32")] and dot_precision(torch.float32) == "ieee"
 
 
 def test_the_block_leaves_the_setting_as_it_was_and_compiles(device):
