@@ -195,7 +195,7 @@ class TestWeights:
     def test_another_precision(self, trained):
         net = load_network(open_weights(trained.out), CPU, "bf16-fast")
         assert {p.dtype for p in net.model.parameters()} == {torch.bfloat16}
-        with pytest.raises(ConfigError, match="precision must be one of fp32, bf16"):
+        with pytest.raises(ConfigError, match="precision must be one of fp32, tf32, bf16"):
             load_network(open_weights(trained.out), CPU, "fp8")
 
     def test_of_an_official_file(self, tmp_path):
