@@ -236,7 +236,8 @@ def guide(
     options, interval = config.sample, None
     if options.guidance_interval is not None:
         low, high = options.guidance_interval
-        interval = (low * loop.t_end, math.inf if high == 1 else high * loop.t_end)
+        # The last evaluation of Heun is at t = 1 itself.
+        interval = (low * loop.t_end, math.inf if loop.t_end == high == 1 else high * loop.t_end)
     if unconditional is not None:
         null = _null_class(unconditional)
         return TwoNetworkGuidance(network, unconditional, options.guidance_scale - 1, null, interval)

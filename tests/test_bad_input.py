@@ -157,9 +157,9 @@ class TestConfiguration:
             train(tiny_run(overrides={"out": str(tmp_path / out)}))
 
     def test_the_command_exits_with_2(self, tiny_run, tmp_path, capsys):
-        save_config(tiny_run(overrides={"model.num_heads": 3}), tmp_path / "c.yaml")
+        save_config(tiny_run(overrides={"model.patch_size": 3}), tmp_path / "c.yaml")
         assert cli.main(["train", "--config", str(tmp_path / "c.yaml")]) == 2
-        assert "ditfast: error: hidden_size 32 must be divisible by num_heads 3" in capsys.readouterr().err
+        assert "ditfast: error: input_size (8, 8) must be divisible by patch_size 3" in capsys.readouterr().err
 
 
 def truncate(path):
