@@ -3,97 +3,34 @@
 Nothing here runs a kernel of ditfast: the loss and the moments are the plain PyTorch of its diffusion package.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
+from bench.oracles import Recipe, build_reference, ditfast_names
 from bench.timing import interleaved
-from ditfast import reference
 from ditfast.config import ModelConfig, OptimConfig, Precision
-from ditfast.diffusion import SpacedDiffusion
+from ditfast.diffusion import SpacedDiffusion, Transport
 
 _WIDE = torch.float64
 FLOAT64 = Precision(_WIDE, _WIDE, _WIDE, _WIDE, _WIDE, _WIDE)  # of the truth that all are held against
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How the reference is run: attention by the fastest SDPA, torch.compile, torch's checkpoint around every block.
-
-    plain_loop: AdamW as torch makes it, the EMA parameter by parameter, the loss read in every step, as the training
-    scripts of DiT and fast-DiT do; otherwise fused AdamW and the EMA by foreach.
-    """
-
-    sdpa: bool = False
-    compiled: bool = False
-    checkpointed: bool = False
-    plain_loop: bool = False
-
-
-class _Attention(reference.Attention):
-    """The reference's attention by torch's op."""
-
-    def forward(self, x, angles=None):
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class _TimestepEmbedder(reference.TimestepEmbedder):
-    """The reference's embedding; in float64 its angles too, as in fp32 their rounding is an error like any other's."""
-
-    def forward(self, t):
-        dtype, half = self.mlp[0].weight.dtype, self.frequency_size // 2
-        if dtype is not torch.float64:
-            return super().forward(t)
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype, device=t.device) / half)
-        angle = t[:, None].to(dtype) * frequencies
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
-
-
-class _Block(reference.DiTBlock):
-    """The reference's block, which its backward computes again."""
-
-    def forward(self, x, c):
-        # The reentrant form, which was torch's default for fast-DiT.
-        return checkpoint(super().forward, x, c, use_reentrant=True)
-
-
-def build_reference(config: ModelConfig, state: dict[str, Tensor], recipe: Recipe = Recipe()) -> reference.DiT:
-    """The reference model of a resolved configuration with a copy of the weights of `state`, on their device, in fp32.
-
-    It drops no labels: that is done before, alike for all. ValueError for a shape that the reference does not have.
-    """
-    if config.input_size is None or config.input_size[0] != config.input_size[1] or config.block != "adaln_zero":
-        given = f"{config.input_size} and {config.block!r}"
-        raise ValueError(f"the reference has square inputs and adaln_zero blocks, got {given}")
-    with next(iter(state.values())).device:
-        model = reference.DiT(
-            config.input_size[0], config.patch_size, config.in_channels, config.hidden_size, config.depth,
-            config.num_heads, config.mlp_ratio, config.class_dropout_prob, config.num_classes, config.learn_sigma,
-        )  # fmt: skip
-    model.load_state_dict({"pos_embed": model.pos_embed.detach()} | state)
-    model.y_embedder.dropout = 0
-    model.t_embedder.__class__ = _TimestepEmbedder
-    for block in model.blocks:
-        if recipe.sdpa:
-            block.attn.__class__ = _Attention
-        if recipe.checkpointed:
-            block.__class__ = _Block
-    return model
-
-
 def plain_losses(
-    process: SpacedDiffusion, predict: Callable[..., Tensor], x: Tensor, t: Tensor, y: Tensor, noise: Tensor
+    process: SpacedDiffusion | Transport, predict: Callable[..., Tensor], x: Tensor, t: Tensor, y: Tensor, noise: Tensor
 ) -> Tensor:
-    """L_hybrid (B,) of Nichol and Dhariwal 2021, equation 16, op by op as the official code computes it."""
+    """The losses (B,) of a process, op by op as the official codes compute them.
+
+    L_hybrid of Nichol and Dhariwal 2021, equation 16; of SiT that of a velocity on the path Linear, with that of its
+    direction (LightningDiT, arXiv:2501.01423) where the process has it. ValueError for other paths and predictions.
+    """
+    if isinstance(process, Transport):
+        return _velocity_losses(process, predict, x, t, y, noise)
     x_t = process.gather("sqrt_alphas_cumprod", t, x) * x
     x_t = x_t + process.gather("sqrt_one_minus_alphas_cumprod", t, x) * noise
     prediction, variance = predict(x_t, t, y).chunk(2, dim=1)
@@ -102,11 +39,25 @@ def plain_losses(
     return (noise - prediction).square().flatten(1).mean(dim=1) + bound
 
 
+def _velocity_losses(
+    process: Transport, predict: Callable[..., Tensor], x: Tensor, t: Tensor, y: Tensor, noise: Tensor
+) -> Tensor:
+    if (process.path_type, process.prediction) != ("Linear", "velocity"):
+        given = f"{process.prediction} on {process.path_type}"
+        raise ValueError(f"the reference trains a velocity on the path Linear, got {given}")
+    at, target = t.view(-1, 1, 1, 1), x - noise
+    prediction = predict(at * x + (1 - at) * noise, t, y)
+    losses = (prediction - target).square().flatten(1).mean(dim=1)
+    if process.use_cosine_loss:
+        losses = losses + (1 - F.cosine_similarity(prediction, target, dim=1)).flatten(1).mean(dim=1)
+    return losses
+
+
 class Baseline:
     """A training step of the reference model by a recipe, under one of ditfast's precision policies.
 
     Args:
-        state: the fp32 weights to start from, by official names, on the device to train on.
+        state: the fp32 weights to start from, by ditfast's names, on the device to train on.
         batch_size: for which the fastest SDPA is sought.
     """
 
@@ -117,13 +68,13 @@ class Baseline:
         state: dict[str, Tensor],
         precision: Precision,
         optim: OptimConfig,
-        process: SpacedDiffusion,
+        process: SpacedDiffusion | Transport,
         batch_size: int,
     ):
-        self.recipe, self.precision, self.process = recipe, precision, process
+        self.recipe, self.config, self.precision, self.process = recipe, model, precision, process
         self.null, self.alpha = model.num_classes or 0, 1 - optim.ema_rates[0]
         self.model = build_reference(model, state, recipe).train()
-        self.device = self.model.pos_embed.device
+        self.device = next(self.model.parameters()).device
         fp32 = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         self.model.to(precision.params)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -181,7 +132,10 @@ class Baseline:
             self.model.zero_grad()
 
     def gradients(self, batch: Sequence[Tensor], rows: int | None = None) -> dict[str, Tensor]:
-        """The gradients of the batch, computed at once or `rows` at a time, and "losses" (B,); nothing is updated."""
+        """The gradients of the batch by ditfast's names, and "losses" (B,); nothing is updated.
+
+        They are computed at once, or `rows` at a time.
+        """
         size = len(batch[0])
         chunks = zip(*(v.split(rows or size) for v in batch), strict=True)
         parts = [self.backward(chunk, share=len(chunk[0]) / size) for chunk in chunks]
@@ -189,7 +143,7 @@ class Baseline:
         grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         found = {name: grad if scale == 1 else grad.double() / scale for name, grad in grads.items()}
         self.model.zero_grad()
-        return {"losses": torch.cat(parts)} | found
+        return {"losses": torch.cat(parts)} | ditfast_names(self.config, found)
 
 
 def attention_for(
@@ -209,12 +163,15 @@ def fastest_sdpa(model: ModelConfig, batch: int, dtype: torch.dtype, device: tor
     """
     assert model.input_size is not None
     tokens = model.input_size[0] * model.input_size[1] // model.patch_size**2
-    shape = (batch, model.num_heads, tokens, model.hidden_size // model.num_heads)
-    q, k, v, dout = (torch.randn(shape, dtype=dtype, device=device, requires_grad=train) for _ in range(4))
+    heads, kv_heads = model.num_heads, model.kv_heads or model.num_heads
+    q, k, v, dout = (
+        torch.randn(batch, n, tokens, model.head_dim, dtype=dtype, device=device, requires_grad=train)
+        for n in (heads, kv_heads, kv_heads, heads)
+    )
 
     def attend(backend: SDPBackend) -> None:
         with sdpa_kernel(backend):
-            o = F.scaled_dot_product_attention(q, k, v)
+            o = F.scaled_dot_product_attention(q, k, v, enable_gqa=kv_heads < heads)
             if train:
                 torch.autograd.grad(o, (q, k, v), dout)
 

@@ -4,17 +4,18 @@ import gc
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ditfast.config import PRECISIONS, DataConfig, ModelConfig, RunConfig, TrainConfig
+from ditfast.config import PRECISIONS, DataConfig, ModelConfig, RunConfig, TrainConfig, TransportConfig
 from ditfast.distributed import World
 from ditfast.hardware import rate_name
-from ditfast.layers.dit import SIZES
+from ditfast.plan import published_config
 from ditfast.train import Trainer
 
 TINY = ModelConfig(
@@ -23,19 +24,29 @@ TINY = ModelConfig(
 
 
 def model_config(name: str, pixels: int = 256) -> ModelConfig:
-    """The model of a published size ("DiT-XL/2") on ImageNet's latents at `pixels` squared; "tiny" is TINY.
+    """The model of `run_config`."""
+    return run_config(name, pixels).model
 
-    "DiT-S/2 of 2 layers" is as wide, but of fewer layers.
+
+def run_config(name: str, pixels: int = 256) -> RunConfig:
+    """The preset of a published model ("DiT-XL/2") on ImageNet's latents at `pixels` squared; "tiny" is TINY.
+
+    "DiT-S/2 of 2 layers" is as wide, but of fewer layers; "tiny SiT-S/2" has TINY's width, depth, heads and classes.
+    ConfigError for an unknown name and impossible sizes.
     """
     if name == "tiny":
-        return TINY
+        return RunConfig(model=TINY)
     published, _, layers = name.removesuffix(" layers").partition(" of ")
-    size, _, patch = published.removeprefix("DiT-").partition("/")
-    depth, width, heads = SIZES[size]
-    return ModelConfig(
-        patch_size=int(patch), hidden_size=width, depth=int(layers or depth), num_heads=heads,
-        input_size=(pixels // 8, pixels // 8), in_channels=4, num_classes=1000,
-    )  # fmt: skip
+    config = published_config(published.removeprefix("tiny "), pixels)
+    sizes: dict[str, Any] = {"depth": int(layers)} if layers else {}
+    if published.startswith("tiny "):
+        sizes = {name: getattr(TINY, name) for name in ("hidden_size", "depth", "num_heads", "num_classes")} | sizes
+    return replace(config, model=replace(config.model, **sizes))
+
+
+def process_of(model: ModelConfig) -> Literal["ddpm", "sit"]:
+    """The process that trains a model: SiT's where no variance is returned that a diffusion could read."""
+    return "ddpm" if model.returns_sigma else "sit"
 
 
 def label(model: str, precision: str) -> tuple[str, str]:
@@ -66,18 +77,21 @@ def trainer_for(
     *,
     images: int = 1,
     workers: int = 0,
+    transport: TransportConfig | None = None,
     **options: Any,
 ) -> Iterator[Trainer]:
     """A Trainer on `images` random features in a temporary folder, whose learning rate is zero: its weights stay.
 
     None of its weights is zero, as the gates are in a new model: zeros draw less power, and hide errors behind them.
-    `options` are those of TrainConfig.
+    `transport` is of use to a model of process sit; `options` are those of TrainConfig.
     """
     gc.collect()  # A Trainer refers to itself: the one before would keep its memory beside this one's.
     with tempfile.TemporaryDirectory(prefix="ditfast-bench-") as folder:
         config = RunConfig(
             out=str(Path(folder) / "run"),
+            process=process_of(model),
             model=model,
+            transport=transport or TransportConfig(),
             data=DataConfig("features", str(write_features(Path(folder) / "data", images, model)), workers=workers),
             train=TrainConfig(batch_size=batch_size, precision=precision, tensorboard=False, **options),
         )
@@ -107,5 +121,7 @@ def random_batch(model: ModelConfig, size: int, device: torch.device, seed: int 
     options: dict[str, Any] = {"generator": generator, "device": device}
     shape = (size, model.in_channels, *model.input_size)
     x, noise = torch.randn(shape, **options), torch.randn(shape, **options)
-    y, t = torch.randint(model.num_classes, (size,), **options), torch.randint(1000, (size,), **options)
+    y = torch.randint(model.num_classes, (size,), **options)
+    unit = process_of(model) == "sit"
+    t = torch.rand(size, **options) if unit else torch.randint(1000, (size,), **options)
     return x, y, t, torch.ones(size, device=device), noise, torch.rand(size, **options) < 0.1

@@ -356,8 +356,8 @@ class LargeDiT(nn.Module):
         h, w = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         x = self.x_embedder(F.unfold(x, self.patch_size, stride=self.patch_size).transpose(1, 2))
         c = self.t_embedder(t) + self.y_embedder(y, self.training)
-        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
-        angles = torch.outer(torch.arange(h * w, dtype=torch.float64), 10000.0**-pairs)
+        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=x.device) / self.head_dim
+        angles = torch.outer(torch.arange(h * w, dtype=torch.float64, device=x.device), 10000.0**-pairs)
         tables = angles.cos().float(), angles.sin().float()
         for block in self.layers:
             x = block(x, c, tables)

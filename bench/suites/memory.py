@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from bench.baselines import Recipe, build_reference
 from bench.contest import Settings
+from bench.oracles import Recipe, build_reference
 from bench.rows import DITFAST, EAGER, Job, Row
 from bench.storages import Storages
 from bench.suites import Options
@@ -123,30 +123,46 @@ class MemoryJob:
 
 
 def contests(options: Options) -> Iterator[MemoryJob]:
-    """Every recompute policy in the precisions of the scale."""
-    model, pixels, batches, precisions = JOBS[options.scale.name]
-    for precision in precisions:
-        for policy in POLICIES:
-            yield MemoryJob(model, pixels, batches, precision, policy, options.device)
+    """Every recompute policy of a model of every family, in the precisions of the scale."""
+    for model, pixels, batches, precisions in JOBS[options.scale.name]:
+        for precision in precisions:
+            for policy in POLICIES:
+                yield MemoryJob(model, pixels, batches, precision, policy, options.device)
 
 
 def table(rows: Sequence[Row]) -> str:
     """A line per job."""
     lines = [
-        f"{'job':40}{'dtype':8}{'provider':12}{'measured':>10}{'estimate':>10}{'error':>8}  bytes per token and layer"
+        f"{'job':44}{'dtype':8}{'provider':12}{'measured':>10}{'estimate':>10}{'error':>8}  bytes per token and layer"
     ]
     for row in rows:
         figures = [row.extra.get(f"{key}_per_token_layer") for key in ("bytes", "estimate")]
         cells = "".join(f"{'-' if value is None else f'{value:.0f}':>10}" for value in figures)
         error = row.extra.get("error_percent")
         cells += f"{'-' if error is None else f'{error:+.1f} %':>8}"
-        lines.append(f"{row.name:40}{row.dtype:8}{row.provider:12}{cells}  {row.why_not or ''}".rstrip())
+        lines.append(f"{row.name:44}{row.dtype:8}{row.provider:12}{cells}  {row.why_not or ''}".rstrip())
     return "\n".join(lines)
 
 
 # By scale: size, pixels, batches of few and of many, precisions.
-JOBS: dict[str, tuple[str, int, tuple[int, int], tuple[str, ...]]] = {
-    "small": ("tiny", 64, (1, 3), ("bf16",)),
-    "cpu": ("DiT-S/2", 256, (1, 3), ("bf16", "bf16-fast", "fp32")),
-    "gpu": ("DiT-XL/2", 256, (8, 32), ("bf16", "bf16-fast")),
+JOBS: dict[str, tuple[tuple[str, int, tuple[int, int], tuple[str, ...]], ...]] = {
+    "small": (
+        ("tiny", 64, (1, 3), ("bf16",)),
+        ("tiny SiT-S/2", 64, (1, 3), ("bf16",)),
+        ("tiny LightningDiT-XL/1", 64, (1, 3), ("bf16",)),
+        ("LargeDiT-tiny/2", 64, (1, 3), ("bf16",)),
+    ),
+    "cpu": (
+        ("DiT-S/2", 256, (1, 3), ("bf16", "bf16-fast", "fp32")),
+        ("SiT-S/2", 256, (1, 3), ("bf16",)),
+        ("tiny LightningDiT-XL/1", 256, (1, 3), ("bf16",)),
+        ("LargeDiT-tiny/2", 256, (1, 3), ("bf16",)),
+    ),
+    "gpu": (
+        ("DiT-XL/2", 256, (8, 32), ("bf16", "bf16-fast")),
+        ("SiT-XL/2", 256, (8, 32), ("bf16", "bf16-fast")),
+        ("LightningDiT-XL/1", 256, (8, 32), ("bf16", "bf16-fast")),
+        ("LargeDiT-600M/2", 256, (8, 32), ("bf16", "bf16-fast")),
+        ("LargeDiT-3B/2", 256, (8, 32), ("bf16", "bf16-fast")),
+    ),
 }

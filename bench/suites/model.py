@@ -1,4 +1,4 @@
-"""The training step of every DiT size: against its peers, and per recompute policy with and without a CUDA graph.
+"""The training step of every family: against its peers, and per recompute policy with and without a CUDA graph.
 
 Timed is what `Trainer.learn` does, from a batch on the device to updated weights and EMA. Where there is a GPU to
 sample, each provider then runs once more by itself for its power.
@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.baselines import FLOAT64, Baseline, Recipe
+from bench.baselines import FLOAT64, Baseline
 from bench.contest import Contest, Settings
 from bench.exactness import Truth
+from bench.oracles import Recipe
 from bench.power import Sampler
 from bench.rows import COMPILE, DITFAST, EAGER, Job, Row
 from bench.suites import Options
 from bench.timing import Timing
-from bench.training import label, model_config, random_batch, trainer_for
+from bench.training import label, random_batch, run_config, trainer_for
 from ditfast.config import ConfigError, Precision, TrainConfig
 from ditfast.cuda_graph import WARMUP, CudaGraph, check_cuda_graph
 from ditfast.distributed import World
@@ -61,9 +62,9 @@ class TrainingJob:
     def measure(self, settings: Settings) -> list[Row]:
         """The rows."""
         policy = self.recompute or TrainConfig.recompute
-        world = World(0, 1, self.device)
+        config, world = run_config(self.model, self.pixels), World(0, 1, self.device)
         with trainer_for(
-            model_config(self.model, self.pixels), self.batch, self.precision, world, recompute=policy
+            config.model, self.batch, self.precision, world, transport=config.transport, recompute=policy
         ) as t:
             return self.contest(t, settings.seconds).measure(settings)
 
@@ -89,6 +90,7 @@ class TrainingJob:
         extra = {
             "batch": self.batch,
             "precision": self.precision,
+            "process": trainer.config.process,
             "network": asdict(trainer.config.model),
         }
         return Contest(*self.job, runs, steps.check, flops=flops, extra=extra, details=details, wall=True)
@@ -215,7 +217,7 @@ def _doubled(value: Tensor) -> Tensor:
 
 
 def contests(options: Options) -> Iterator[TrainingJob]:
-    """Every size with its peers, the largest first; its recompute policies; the other precisions."""
+    """Every size with its peers; its recompute policies; the other precisions."""
     job = partial(TrainingJob, device=options.device, compile=options.scale.compile)
     for model, pixels, batch, precisions, policies in JOBS[options.scale.name]:
         for precision in precisions:
@@ -225,17 +227,30 @@ def contests(options: Options) -> Iterator[TrainingJob]:
 
 
 # By scale: size, pixels, batch; precisions, the first two also by recompute policy; those policies. On a GPU of 139 GB
-# four providers' states, and what the graph keeps beside what a step allocates, leave room for these batches.
+# four providers' states, and what the graph keeps beside what a step allocates, leave room for these batches, and for 4
+# of LargeDiT-3B's 32 layers: one state of all is 93 GB in bf16, the oracle's in float64 more than that.
 JOBS: dict[str, tuple[tuple[str, int, int, tuple[str, ...], tuple[str, ...]], ...]] = {
-    "small": (("tiny", 64, 2, ("fp32",), ("block",)),),
+    "small": (
+        ("tiny", 64, 2, ("fp32",), ("block",)),
+        ("tiny SiT-S/2", 64, 2, ("fp32",), ()),
+        ("tiny LightningDiT-XL/1", 64, 2, ("fp32",), ()),
+        ("LargeDiT-tiny/2", 64, 2, ("fp32",), ()),
+    ),
     "cpu": (
         ("DiT-S/2 of 2 layers", 256, 4, ("fp32",), ()),
         ("DiT-S/2 of 2 layers", 256, 4, ("bf16",), ("ops", "block", "none", "mlp")),
+        ("SiT-S/2 of 2 layers", 256, 4, ("fp32",), ()),
+        ("LightningDiT-B/1 of 2 layers", 256, 2, ("fp32",), ()),
+        ("LargeDiT-tiny/2", 256, 4, ("fp32",), ()),
     ),
     "gpu": (
         ("DiT-XL/2", 256, 256, ("bf16", "bf16-fast", "fp16"), ("ops", "mlp", "block")),
         ("DiT-XL/2", 256, 64, ("bf16", "tf32", "fp32"), ("none",)),
         ("DiT-XL/2", 512, 64, ("bf16", "bf16-fast"), ("ops", "mlp")),
+        ("SiT-XL/2", 256, 256, ("bf16", "bf16-fast"), ("ops", "mlp")),
+        ("LightningDiT-XL/1", 256, 128, ("bf16", "bf16-fast"), ("ops", "mlp")),
+        ("LargeDiT-600M/2", 256, 128, ("bf16", "bf16-fast"), ("ops", "mlp")),
+        ("LargeDiT-3B/2 of 4 layers", 256, 128, ("bf16", "bf16-fast"), ("ops", "mlp")),
         ("DiT-L/2", 256, 256, ("bf16", "bf16-fast"), ("ops", "mlp")),
         ("DiT-B/2", 256, 256, ("bf16", "bf16-fast"), ("none", "ops")),
         ("DiT-S/2", 256, 256, ("bf16", "bf16-fast"), ("none", "ops")),

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.baselines import FLOAT64, Recipe, attention_for, build_reference
+from bench.baselines import FLOAT64, attention_for
 from bench.contest import Contest, Settings
 from bench.exactness import Truth
+from bench.oracles import Recipe, build_reference
 from bench.rows import COMPILE, DITFAST, EAGER, Job, Row
 from bench.suites import Options
 from bench.timing import Timing

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.baselines import Recipe
 from bench.contest import Contest, Settings
+from bench.oracles import Recipe
 from bench.report.markdown import megabytes, number
 from bench.report.markdown import table as markdown
 from bench.rows import DITFAST, Job, Row

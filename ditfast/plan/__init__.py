@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from ditfast.build import build_model
-from ditfast.config import PRESETS, ConfigError, nearest, parse_config
+from ditfast.config import PRESETS, ConfigError, RunConfig, nearest, parse_config
 from ditfast.layers import DiffusionTransformer
 from ditfast.plan.layout import Candidate, Cluster, Job, Layout, choose, layouts, weigh
 from ditfast.plan.memory import POLICIES, MemoryPlan, State, plan_memory, state
@@ -21,25 +21,30 @@ from ditfast.presets import PUBLISHED
 MODELS = [name for name in PRESETS if name.partition("@")[0] in PUBLISHED]
 
 
-def published_model(name: str, image_size: int | None = None) -> DiffusionTransformer:
-    """DiT-XL/2, DiT-XL/2@512, SiT-B/4, LightningDiT-XL/1, ... on the meta device, for `image_size` in pixels.
+def published_config(name: str, image_size: int | None = None) -> RunConfig:
+    """The preset of DiT-XL/2, DiT-XL/2@512, SiT-B/4, LightningDiT-XL/1, ... with a model for `image_size` in pixels.
 
     By default 256, or what the name ends in. ConfigError for an unknown model and for impossible sizes.
     """
     if name not in MODELS:
         raise ConfigError(f"unknown model {name!r}{nearest(name, MODELS) or '; known: ' + ', '.join(MODELS)}")
     network, _, pixels = name.partition("@")
-    config = parse_config(["--preset", name]).model
-    own, (side, _) = int(pixels or 256), config.input_size or (0, 0)
+    config = parse_config(["--preset", name])
+    own, (side, _) = int(pixels or 256), config.model.input_size or (0, 0)
     size, latent = own if image_size is None else image_size, own // side
-    unit = latent * config.patch_size
+    unit = latent * config.model.patch_size
     if size < unit or size % unit:
         raise ConfigError(f"--image-size of {network} must be a positive multiple of {unit}, got {size}")
+    return replace(config, model=replace(config.model, input_size=(size // latent, size // latent)))
+
+
+def published_model(name: str, image_size: int | None = None) -> DiffusionTransformer:
+    """The model of `published_config` on the meta device."""
     with torch.device("meta"):
-        return build_model(replace(config, input_size=(size // latent, size // latent)))
+        return build_model(published_config(name, image_size).model)
 
 
 __all__ = [
     "MODELS", "POLICIES", "Candidate", "Cluster", "Job", "Layout", "MemoryPlan", "Rates", "Share", "State", "StepTime",
-    "choose", "layouts", "plan_memory", "published_model", "rates", "state", "step_time", "weigh",
+    "choose", "layouts", "plan_memory", "published_config", "published_model", "rates", "state", "step_time", "weigh",
 ]  # fmt: skip

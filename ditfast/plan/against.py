@@ -68,7 +68,7 @@ def _comparison(name: str, row: dict[str, Any], ceilings: Ceilings, on_gpu: bool
     if extra["precision"] not in PRECISIONS:
         raise ConfigError(f"{name}: precision must be one of {', '.join(PRECISIONS)}, got {extra['precision']!r}")
     try:
-        config = config_from({"model": extra["network"]}).model
+        config = config_from({"process": extra.get("process", "ddpm"), "model": extra["network"]}).model
     except ConfigError as error:
         raise ConfigError(f"{name}: extra.network holds no options of a model ({error})") from error
     with torch.device("meta"):

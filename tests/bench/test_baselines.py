@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from bench.baselines import FLOAT64, Baseline, Recipe, build_reference, fastest_sdpa, plain_losses
+from bench.baselines import FLOAT64, Baseline, fastest_sdpa, plain_losses
+from bench.oracles import Recipe
 from bench.suites.model import PEERS
 from bench.training import TINY, fill_zeros, random_batch, trainer_for
 from ditfast.build import build_diffusion, build_model
 from ditfast.config import PRECISIONS, DiffusionConfig, OptimConfig, Precision
+from ditfast.diffusion import create_transport
 from ditfast.distributed import World
 from ditfast.kernels.tf32 import dot_precision
 
@@ -38,6 +40,24 @@ def peer(weights, recipe: Recipe = PLAIN, precision: Precision = FLOAT64) -> Bas
 
 def exact_batch() -> list[torch.Tensor]:
     return [v.double() if v.is_floating_point() else v for v in random_batch(TINY, 4, CPU)]
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_sits_loss_is_ditfasts(cosine):
+    x, y, _, _, noise, _ = exact_batch()
+    process, t = create_transport(use_cosine_loss=cosine), torch.linspace(0, 1, 4, dtype=torch.float64)
+
+    def network(x_t, t, **_):
+        return (x_t * (1 + t.view(-1, 1, 1, 1))).sin()
+
+    ours = process.training_losses(network, x, t=t, noise=noise)["loss"]
+    torch.testing.assert_close(plain_losses(process, lambda x_t, t, _: network(x_t, t), x, t, y, noise), ours)
+
+
+def test_processes_without_a_plain_loss_are_refused():
+    x, y, t, _, noise, _ = exact_batch()
+    with pytest.raises(ValueError, match="a velocity on the path Linear, got noise on GVP"):
+        plain_losses(create_transport("GVP", "noise"), lambda x_t, *_: x_t, x, t, y, noise)
 
 
 def test_the_loss_is_ditfasts():
@@ -84,7 +104,7 @@ def test_two_steps_move_weights_and_average_as_ditfasts(precision, recipe):
         average = next(iter(own.emas.values()))
         for name, value in before.items():
             average[name].copy_(value)
-        mine = Baseline(recipe, TINY, before, policy, OPTIM, trainer.diffusion, 4)
+        mine = Baseline(recipe, TINY, before, policy, OPTIM, trainer.process, 4)
         for _ in range(2):
             trainer.learn(*batch)
             mine(*batch)
@@ -122,12 +142,7 @@ def test_fp16_gradients_are_unscaled(weights):
     torch.testing.assert_close(found[name], exact[name], rtol=0.02, atol=1e-4)
 
 
-@pytest.mark.parametrize("odd", [{"input_size": (8, 16)}, {"block": "in_context"}])
-def test_a_model_that_the_reference_does_not_have_is_refused(odd, weights):
-    with pytest.raises(ValueError, match="square inputs and adaln_zero blocks, got"):
-        build_reference(replace(TINY, **odd), weights)
-
-
-def test_the_fastest_attention_is_one_that_can():
-    found = fastest_sdpa(TINY, 2, torch.float32, CPU, train=True)
+@pytest.mark.parametrize("kv_heads", [None, 1])
+def test_the_fastest_attention_is_one_that_can(kv_heads):
+    found = fastest_sdpa(replace(TINY, kv_heads=kv_heads), 2, torch.float32, CPU, train=True)
     assert found is SDPBackend.FLASH_ATTENTION, "the only one of the three that a CPU has"

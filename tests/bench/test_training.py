@@ -2,14 +2,14 @@
 
 import gc
 import weakref
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.training import TINY, model_config, random_batch, trainer_for, write_features
-from ditfast.config import preset
+from bench.training import TINY, model_config, process_of, random_batch, run_config, trainer_for, write_features
+from ditfast.config import ConfigError, parse_config
 from ditfast.data import FeatureFolder
 from ditfast.distributed import World
 
@@ -42,13 +42,27 @@ def test_features_are_read_as_they_were_drawn(tmp_path):
     assert len({float(x.sum()) for x, _ in map(dataset.__getitem__, range(3))}) == 3
 
 
-@pytest.mark.parametrize(("name", "pixels"), [("DiT-XL/2", 256), ("DiT-S/8", 512)])
-def test_published_sizes_are_the_presets(name, pixels):
-    expected = preset(name + ("" if pixels == 256 else f"@{pixels}"))
-    config = asdict(model_config(name, pixels))
-    assert {key: config[key.removeprefix("model.")] for key in expected if key.startswith("model.")} == {
-        key: value for key, value in expected.items() if key.startswith("model.")
-    }
+@pytest.mark.parametrize(
+    "preset", ["DiT-XL/2", "DiT-S/8@512", "SiT-XL/2@512", "LightningDiT-XL/1", "LargeDiT-3B/2", "LargeDiT-tiny/2"]
+)
+def test_published_models_are_the_presets(preset):
+    name, _, pixels = preset.partition("@")
+    expected = parse_config(["--preset", preset])
+    found = run_config(name, int(pixels or 256))
+    assert (found.model, found.transport, found.process) == (expected.model, expected.transport, expected.process)
+    assert model_config(name, int(pixels or 256)) == found.model and process_of(found.model) == found.process
+
+
+def test_an_unknown_model_is_refused_by_name():
+    with pytest.raises(ConfigError, match="unknown model 'SiT-XL2'. Did you mean 'SiT-XL/2'"):
+        model_config("SiT-XL2")
+
+
+def test_a_tiny_one_is_of_its_family():
+    tiny, whole = model_config("tiny LightningDiT-XL/1", 64), model_config("LightningDiT-XL/1", 64)
+    assert tiny.input_size == (4, 4) and tiny.in_channels == 32 and tiny.norm == whole.norm and tiny.mlp == "swiglu"
+    assert replace(tiny, hidden_size=1152, depth=28, num_heads=16, num_classes=1000) == whole
+    assert (tiny.hidden_size, tiny.depth, tiny.num_heads, tiny.num_classes) == (64, 2, 2, 10)
 
 
 def test_a_size_of_fewer_layers_is_the_size_otherwise():
@@ -62,6 +76,19 @@ def test_a_batch_is_what_learn_takes():
     assert int(y.min()) >= 0 and int(y.max()) < 10 and int(t.max()) < 1000
     assert torch.equal(weights, torch.ones(40)) and 0 < int(drop.sum()) < 20
     assert torch.equal(x, random_batch(TINY, 40, CPU)[0]) and not torch.equal(x, random_batch(TINY, 40, CPU, 1)[0])
+
+
+def test_times_of_a_sit_are_in_0_to_1():
+    model = model_config("tiny SiT-S/2", 64)
+    t = random_batch(model, 40, CPU)[2]
+    assert t.is_floating_point() and 0 <= t.min() < 0.2 and 0.8 < t.max() < 1
+
+
+def test_a_sit_is_trained_by_its_process():
+    run = run_config("tiny LightningDiT-XL/1", 64)
+    with trainer_for(run.model, 2, "fp32", ALONE, transport=run.transport) as trainer:
+        assert trainer.config.process == "sit" and trainer.process.use_cosine_loss
+        assert trainer.learn(*random_batch(run.model, 2, CPU))[0]["loss"].shape == (2,)
 
 
 def test_a_trainer_is_gone_when_the_next_is_made():

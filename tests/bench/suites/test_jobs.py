@@ -8,9 +8,20 @@ import torch
 from bench.suites import CPU, GPU, SMALL, SUITES, Options
 from bench.training import model_config
 from ditfast.hardware import DTYPES
+from ditfast.layers import FAMILIES
+
+SCALES = pytest.mark.parametrize("scale", [SMALL, CPU, GPU], ids=lambda scale: scale.name)
 
 
-@pytest.mark.parametrize("scale", [SMALL, CPU, GPU], ids=lambda scale: scale.name)
+@SCALES
+@pytest.mark.parametrize("suite", ["model", "memory"])
+def test_every_family_has_a_row(suite, scale):
+    jobs = importlib.import_module(SUITES[suite]).contests(Options(torch.device("cpu"), scale))
+    networks = {job.model.removeprefix("tiny").strip().partition("-")[0] or "DiT" for job in jobs}
+    assert networks == set(FAMILIES)
+
+
+@SCALES
 @pytest.mark.parametrize("suite", ["model", "feed", "sample", "memory", "scale"])
 def test_jobs_are_there_once(suite, scale):
     device = torch.device("cuda" if scale is GPU else "cpu")
@@ -20,4 +31,5 @@ def test_jobs_are_there_once(suite, scale):
     for job, (named, name, dtype, shape) in zip(jobs, found, strict=True):
         assert named == suite and dtype in DTYPES and f"{job.pixels} px" in shape
         assert name.startswith(job.model) and (" fast" in name) == job.precision.endswith("-fast")
-        assert model_config(job.model, job.pixels).input_size[0] * 8 == job.pixels
+        latent = 16 if "LightningDiT" in job.model else 8
+        assert model_config(job.model, job.pixels).input_size[0] * latent == job.pixels

@@ -19,7 +19,8 @@ def one_thread():
 
 
 def test_rows_of_the_small_suite():
-    rows = [row for job in contests(Options(CPU, SMALL)) for row in job.measure(SETTINGS)]
+    jobs = [job for job in contests(Options(CPU, SMALL)) if job.model == "tiny"]
+    rows = [row for job in jobs for row in job.measure(SETTINGS)]
     ours = {row.extra["policy"]: row.extra for row in rows if row.provider == DITFAST}
     assert tuple(ours) == POLICIES
     kept = {policy: extra["bytes_per_token_layer"] for policy, extra in ours.items()}
@@ -34,6 +35,16 @@ def test_rows_of_the_small_suite():
     assert peers["fast-DiT"] == 64 * 4, "x in fp32"
     assert peers[EAGER] >= kept["none"]
     assert "tiny recompute=mlp" in table(rows) and "fast-DiT" in table(rows)
+
+
+@pytest.mark.parametrize("policy", ["none", pytest.param("ops", marks=pytest.mark.full)])
+@pytest.mark.parametrize("family", ["SiT", "LightningDiT", "LargeDiT"])
+def test_every_family_is_measured_against_its_estimate(family, policy):
+    (job,) = (j for j in contests(Options(CPU, SMALL)) if family in j.model and j.recompute == policy)
+    own, *peers = job.measure(SETTINGS)
+    assert -6 < own.extra["error_percent"] < 1, "a narrow model's statistics and modulation are not in it"
+    assert [row.provider for row in peers] == ([EAGER] if policy == "none" else [])
+    assert all(row.extra["bytes_per_token_layer"] >= own.extra["bytes_per_token_layer"] for row in peers)
 
 
 def test_a_wrong_estimate_shows(monkeypatch):

@@ -1,11 +1,12 @@
 """The suite `model`: its rows, and providers that compute something else are refused before they are timed."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from bench import baselines
+from bench import oracles
 from bench.contest import Settings
 from bench.rows import COMPILE, DITFAST, EAGER
 from bench.suites import SMALL, Options, model
@@ -13,8 +14,9 @@ from bench.suites.model import GRAPH, TrainingJob, contests
 from bench.timing import Timing
 from bench.training import TINY, trainer_for
 from ditfast.build import build_model
+from ditfast.diffusion.transport import paths
 from ditfast.distributed import World
-from ditfast.layers import block
+from ditfast.layers import attention, block, rope
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(CPU, rounds=3, seconds=0.05)
@@ -32,7 +34,7 @@ def measured(job: TrainingJob) -> dict:
 
 def test_rows_of_the_small_suite():
     jobs = list(contests(Options(CPU, SMALL)))
-    assert len({job.job for job in jobs}) == len(jobs) == 2
+    assert len({job.job for job in jobs}) == len(jobs) == 5
     rows = measured(jobs[0])
     assert list(rows) == [DITFAST, EAGER, "fast-DiT"]
     for row in rows.values():
@@ -60,18 +62,54 @@ def test_every_precision_passes(precision):
     assert {row.dtype for row in rows.values()} == {precision.removesuffix("-fast")}
 
 
-def test_a_wrong_ditfast_is_refused(monkeypatch):
-    monkeypatch.setattr(block, "NORM_EPS", 1e-4)
-    rows = measured(JOB)
+OTHERS = ("tiny SiT-S/2", "tiny LightningDiT-XL/1", "LargeDiT-tiny/2")
+
+
+@pytest.mark.parametrize("precision", [
+    "fp32", "bf16", *(pytest.param(name, marks=pytest.mark.full) for name in ("bf16-fast", "fp16", "tf32")),
+])  # fmt: skip
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_family_passes(name, precision):
+    rows = measured(replace(JOB, model=name, precision=precision))
+    assert {provider: row.why_not for provider, row in rows.items()} == dict.fromkeys([DITFAST, EAGER, "fast-DiT"])
+    extra = rows[DITFAST].extra
+    assert extra["process"] == ("ddpm" if "LargeDiT" in name else "sit") and extra["flops"] > 0
+
+
+def eps_of_norms(monkeypatch):
+    norm = block._add_norm_modulate
+    monkeypatch.setattr(block, "_add_norm_modulate", lambda options, *xs: norm(options | {"eps": 1e-4}, *xs))
+
+
+def velocity(monkeypatch):
+    linear = paths.PATHS["Linear"]
+    monkeypatch.setitem(paths.PATHS, "Linear", lambda t: linear(t)._replace(d_sigma=-0.999 * torch.ones_like(t)))
+
+
+def angles(monkeypatch):
+    monkeypatch.setattr(rope, "rope_2d", partial(rope.rope_2d, theta=9000.0))
+
+
+def eps_of_qk_norm(monkeypatch):
+    norm = attention._norm_rows
+    monkeypatch.setattr(attention, "_norm_rows", lambda form, *xs: norm(replace(form, eps=1e-3), *xs))
+
+
+@pytest.mark.parametrize(
+    ("name", "break_it"), [("tiny", eps_of_norms), *zip(OTHERS, (velocity, angles, eps_of_qk_norm), strict=True)]
+)
+def test_a_wrong_ditfast_is_refused(name, break_it, monkeypatch):
+    break_it(monkeypatch)
+    rows = measured(replace(JOB, model=name))
     assert rows[DITFAST].ms is None and "x the eager reference's" in rows[DITFAST].extra["refused"]
     assert rows[EAGER].ms
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_wrong_peer_is_refused(precision, monkeypatch):
-    forward = baselines._Attention.forward
+    forward = oracles._Attention.forward
     factor = 1.0001 if precision == "fp32" else 1.1
-    monkeypatch.setattr(baselines._Attention, "forward", lambda self, x: factor * forward(self, x))
+    monkeypatch.setattr(oracles._Attention, "forward", lambda self, *inputs: factor * forward(self, *inputs))
     rows = measured(replace(JOB, precision=precision))
     assert rows[EAGER].ms is None and "refused" in rows[EAGER].extra and "refused" in rows["fast-DiT"].extra
     assert rows[DITFAST].ms
@@ -137,7 +175,8 @@ def test_the_state_of_a_run_is_weights_moments_and_ema():
 
 
 @pytest.mark.full
-def test_torch_compile_is_what_others_are_compared_with():
-    rows = measured(replace(JOB, compile=True))
+@pytest.mark.parametrize("name", ["tiny", *OTHERS])
+def test_torch_compile_is_what_others_are_compared_with(name):
+    rows = measured(replace(JOB, model=name, compile=True))
     assert rows[COMPILE].ratio_to_compile == 1
     assert rows[DITFAST].ratio_to_compile == pytest.approx(rows[COMPILE].ms / rows[DITFAST].ms)
