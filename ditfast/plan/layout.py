@@ -242,12 +242,18 @@ def _communication(
     """(bytes that a GPU sends in a step, milliseconds that nothing hides, milliseconds beside other work)."""
     p, count = job.precision, trainable(job.model) / layout.tensor
     gradients, weights, computed = (count * dtype.itemsize for dtype in (p.grads, p.params, p.compute))
-    # (bytes that all cross, milliseconds of the work beside them): the forward is a third of it, the backward the rest.
-    forward, backward = time.total / 3, time.total * 2 / 3
+    # (bytes that all cross, milliseconds of the work beside them): of what is not the update, which waits for the
+    # gradients, the forward is a third and the backward the rest. What is reduced or gathered whole once a step has
+    # one chunk's beside it, the last backward or the first forward; what is fully sharded crosses in every chunk.
+    chunks = time.total - time.optimizer
+    forward, backward = chunks / 3 / job.accumulate, chunks * 2 / 3 / job.accumulate
     moved = {
         "none": [(2 * gradients, backward)],
         "optimizer": [(gradients, backward), (weights, forward)],
-        "full": [(job.accumulate * (gradients + computed), backward), (job.accumulate * computed, forward)],
+        "full": [
+            (job.accumulate * (gradients + computed), job.accumulate * backward),
+            (job.accumulate * computed, job.accumulate * forward),
+        ],
     }[layout.shard]
     inner = min(cluster.gpus, cluster.per_node) // layout.tensor
     sent = exposed = hidden = 0.0

@@ -125,6 +125,19 @@ def test_tensor_and_sequence_parallel_communication_by_hand(xl, layout, each):
     assert half.communicated - gradients == pytest.approx(1.25 * activations, rel=1e-3)
 
 
+def test_the_reduction_hides_behind_the_last_backward_and_not_behind_the_update(xl):
+    """Of a slow network all that is beside it is hidden, two thirds of a chunk's forward and backward."""
+    for accumulate in (1, 4):
+        found = weigh(job(xl, accumulate=accumulate), cluster(64, network=1.0), Layout(64), ("none",))
+        chunk = (found.time.total - found.time.communication - found.time.optimizer) / accumulate
+        assert found.hidden == pytest.approx(chunk * 2 / 3)
+    sharded = weigh(job(xl, accumulate=4), cluster(64, network=1.0), Layout(64, "optimizer"), ("none",))
+    chunk = (sharded.time.total - sharded.time.communication - sharded.time.optimizer) / 4
+    assert sharded.hidden == pytest.approx(chunk), "the gradients beside the last backward, weights the first forward"
+    full = weigh(job(xl, accumulate=4), cluster(64, network=1.0), Layout(64, "full"), ("none",))
+    assert full.hidden == pytest.approx(full.time.total - full.time.communication - full.time.optimizer)
+
+
 def test_accumulation_needs_less_memory_and_communicates_once(xl):
     once, four = (weigh(job(xl, accumulate=n), cluster(8), Layout(8), ("none",)) for n in (1, 4))
     assert four.memory.activations == once.memory.activations / 4
