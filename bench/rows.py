@@ -46,6 +46,11 @@ class Row:
         return self.suite, self.name, self.dtype, self.shape
 
     @property
+    def own(self) -> bool:
+        """Whether it is ditfast's, or of a variant of it ("ditfast graph")."""
+        return self.provider.split()[0] == DITFAST
+
+    @property
     def why_not(self) -> str | None:
         """Why nothing was measured, None for a measured row."""
         return next((f"{key}: {self.extra[key]}" for key in ("absent", "refused", "failed") if key in self.extra), None)

@@ -53,7 +53,7 @@ def run(
 
 def failures(rows: Iterable[Row]) -> list[Row]:
     """The rows of ditfast itself, its variants ("ditfast graph") among them, that were refused or failed."""
-    return [row for row in rows if row.provider.split()[0] == DITFAST and row.extra.keys() & {"refused", "failed"}]
+    return [row for row in rows if row.own and row.extra.keys() & {"refused", "failed"}]
 
 
 def table(rows: Sequence[Row]) -> str:
