@@ -70,9 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--small", action="store_true", help="the smallest sizes: whether all runs, not how fast")
     parser.add_argument("--only", default="", metavar="REGEX", help="jobs whose 'suite name dtype shape' contains this")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no job that would end later")
-    parser.add_argument(
-        "--json", metavar="FILE", help="where rows are kept; jobs that it has, but for those that raised, are passed over"
-    )
+    parser.add_argument("--json", metavar="FILE", help="where rows are kept; of jobs that it has, those that raised go again")
     parser.add_argument("--retry", action="store_true", help="with --json: jobs again whose rows say absent or refused")
     parser.add_argument("--device", help="cuda, cuda:1, cpu; a GPU where there is one")
     return parser
