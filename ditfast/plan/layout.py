@@ -255,10 +255,11 @@ def _communication(
             (job.accumulate * computed, job.accumulate * forward),
         ],
     }[layout.shard]
-    inner = min(cluster.gpus, cluster.per_node) // layout.tensor
+    node = min(cluster.gpus, cluster.per_node)
+    inner = node // layout.tensor
     sent = exposed = hidden = 0.0
     for size, beside in moved if layout.replicas > 1 else []:
-        bytes_sent, seconds = _ring(size, inner, layout.replicas // inner, cluster)
+        bytes_sent, seconds = _ring(size, inner, layout.replicas // inner, cluster, node)
         beside = min(1e3 * seconds * FACTORS["hidden"].value, beside)
         sent, hidden, exposed = sent + bytes_sent, hidden + beside, exposed + 1e3 * seconds - beside
     if layout.parts > 1:
@@ -267,7 +268,7 @@ def _communication(
         ways = 2 + _whole_blocks(policy, len(job.model.blocks))
         each = 4 * stream if layout.tensor > 1 else 4 * stream / layout.parts
         size = each * ways * len(job.model.blocks) * job.accumulate
-        bytes_sent, seconds = _ring(size, layout.parts, 1, cluster)
+        bytes_sent, seconds = _ring(size, layout.parts, 1, cluster, layout.parts)
         seconds += 4 * ways * len(job.model.blocks) * job.accumulate * FACTORS["latency"].value
         sent, exposed = sent + bytes_sent, exposed + 1e3 * seconds
     return sent, exposed, hidden
@@ -278,13 +279,13 @@ def _whole_blocks(policy: str, blocks: int) -> float:
     return [policy_of_block(policy, i) for i in range(blocks)].count("block") / blocks
 
 
-def _ring(size: float, inner: int, outer: int, cluster: Cluster) -> tuple[float, float]:
+def _ring(size: float, inner: int, outer: int, cluster: Cluster, span: int) -> tuple[float, float]:
     """(bytes sent, seconds) of a GPU where all of `size` bytes cross once: in a node, and a share of it between nodes.
 
-    Both go on at a time, chunk by chunk.
+    Both go on at a time, chunk by chunk. The GPUs of a node that take part are among `span` neighbours.
     """
     within, between = size * (inner - 1) / inner, size / inner * (outer - 1) / outer
-    seconds = within / (1e9 * cluster.gpu.link * FACTORS["link"].value)
+    seconds = within / (1e9 * cluster.gpu.link_among(span) * FACTORS["link"].value)
     if between:
         seconds = max(seconds, between / (1e9 * cluster.between_nodes * FACTORS["network"].value))
     return within + between, seconds

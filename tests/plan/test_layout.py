@@ -101,6 +101,25 @@ def test_data_parallel_communication_by_hand(xl):
     assert slow.time.communication + slow.hidden == pytest.approx(crossing, rel=1e-3)
 
 
+@pytest.mark.parametrize("name, gpus, link", [
+    ("h100 pcie", 2, 300), ("h100 pcie", 4, 64), ("a100 pcie", 8, 32), ("h200 nvl", 4, 450), ("h200 nvl", 8, 64),
+])  # fmt: skip
+def test_a_bridge_joins_so_many_and_the_others_go_by_their_slots(xl, name, gpus, link):
+    found = weigh(job(xl), cluster(gpus, name), Layout(gpus))
+    seconds = found.communicated / (1e9 * link * FACTORS["link"].value)
+    assert found.time.communication + found.hidden == pytest.approx(1e3 * seconds)
+
+
+def test_tensor_parallel_pairs_have_the_bridge_and_their_gradients_the_slot(xl):
+    """Of 8, each pair splits the stream over its bridge, and 4 GPUs of other pairs half of the gradients."""
+    found = weigh(job(xl, 64), cluster(8, "h100 pcie"), Layout(4, "optimizer", tensor=2), ("none",))
+    stream = 4 * 16 * 256 * 1152 * 2 * 2 * 28 / 2
+    gradients = 2 * 674_834_000 * 2 / 2 * 3 / 4
+    assert found.communicated == pytest.approx(stream + gradients, rel=1e-3)
+    seconds = (stream / 300e9 + gradients / 64e9) / FACTORS["link"].value + 8 * 28 * FACTORS["latency"].value
+    assert found.time.communication + found.hidden == pytest.approx(1e3 * seconds, rel=1e-3)
+
+
 @pytest.mark.parametrize("layout, crossings", [
     (Layout(8, "optimizer"), 2), (Layout(8, "full"), 3),
 ])  # fmt: skip
