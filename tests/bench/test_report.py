@@ -220,6 +220,21 @@ def test_results_of_a_device_are_joined_and_the_last_counts():
     assert joined.rows == [new] and joined.limits == LIMITS and apart.device == "another"
 
 
+def test_rows_of_another_machine_of_the_same_device_are_refused_and_machines_are_all_named():
+    one, two = (timed("feed", name, "ditfast", 1.0) for name in ("DiT-S/2", "DiT-S/4"))
+    other = MACHINE | {"threads": 16, "commit": f"{'f' * 40}-dirty"}
+    with pytest.raises(ValueError, match="two files have feed DiT-S/2 by ditfast on a CPU, .* threads: 1 and 16; name"):
+        tables.sections([Results(MACHINE, None, [one]), Results(other, None, [two, one])])
+    [joined] = tables.sections([Results(MACHINE, None, [one]), Results(other, None, [two])])
+    text = tables.machine(joined)
+    assert "-, 1; -, 16" in text and "0123456789ab, ffffffffffff-dirty " in text
+
+
+def test_one_rank_communicates_with_nobody(section):
+    one, two = tables.scaling(section).splitlines()[2:]
+    assert re.search(r"\| +10 \| +- \| +- \|$", one) and re.search(r"\| +20 \| +80% \| +10% \|$", two)
+
+
 def test_places_are_filled_and_the_rest_stays(section):
     text = "# A\n<!-- bench:memory -->\nold\n<!-- bench:end -->\nB\n<!-- bench:picture memory -->\n<!-- bench:end -->\n"
     filled = tables.fill(text, [section])
