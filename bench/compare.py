@@ -182,9 +182,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(argv)
     try:
         if options.base is not None:
+            from bench.__main__ import parser as suite_parser
             from bench.revisions import measure_in_turns
 
-            suite = [*options.files, *rest]
+            if suite := [*options.files, *rest]:
+                suite_parser().parse_args(suite)
             old, new = measure_in_turns(options.base, suite, rounds=options.rounds, seconds=options.seconds)
         else:
             old, new = _read_both(options.files, rest)

@@ -126,6 +126,14 @@ def test_what_is_no_pair_of_files_is_refused(arguments, capsys):
     assert capsys.readouterr().out.startswith("error: ")
 
 
+@pytest.mark.parametrize("suite", [["nosuite"], ["ops", "--only", "("], ["ops", "--nonsense"]])
+def test_a_suite_that_cannot_run_is_refused_before_a_worktree_is_made(suite, monkeypatch, capsys):
+    monkeypatch.setattr(revisions, "worktree", lambda *_: pytest.fail("a worktree was made"))
+    with pytest.raises(SystemExit, match="2"):
+        compare.main(["--base", "HEAD", *suite])
+    assert "python -m bench: error: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("text", "share"), [("5%", 0.05), ("0.05", 0.05), ("0%", 0.0)])
 def test_a_share_is_read(text, share):
     assert compare.percent(text) == pytest.approx(share)

@@ -60,6 +60,11 @@ def test_only_what_matches_is_measured():
     assert [piece.times for piece in pieces] == [1, 1, 0]
 
 
+def test_a_name_that_no_job_has_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match="--only gelu: no job is of that name; there are gate fwd, norm fwd$"):
+        runner.run([Piece("gate fwd"), Piece("norm fwd")], Results({}), SETTINGS, only="gelu")
+
+
 def test_a_failing_piece_is_a_row_and_the_next_is_measured():
     results = Results({})
     assert runner.run([Piece("a", error=OSError("no disk")), Piece("b")], results, SETTINGS) == 0
