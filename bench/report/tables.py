@@ -28,6 +28,11 @@ PICTURES = {
     "memory": "Activation bytes by recompute policy, measured and estimated",
     "scaling": "Images per second by ranks",
 }
+# What `extra` of a suite's measured rows must have, to be put into tables and pictures.
+NEEDED = {
+    "ops": ("pass",), "breakdown": ("classes",), "memory": ("policy",),
+    "scale": ("ranks", "images_per_s", "efficiency"), "fast-dit": ("steps_per_s", "state_bytes"),
+}  # fmt: skip
 PLACE = re.compile(r"(<!-- bench:(?P<name>[\w -]+?) -->\n).*?(?P<end><!-- bench:end -->)", re.DOTALL)
 
 
@@ -71,8 +76,22 @@ def sections(found: Iterable[Results]) -> list[Section]:
 
 
 def load(files: Sequence[Path]) -> list[Section]:
-    """`sections` of result files."""
-    return sections(Results.load(file) for file in files)
+    """`sections` of result files; ValueError with the file for what is none, or lacks what a table is made of."""
+    return sections(map(_load, files))
+
+
+def _load(path: Path) -> Results:
+    results = Results.load(path)
+    try:
+        if results.limits is not None:
+            Ceilings(**results.limits)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: limits are none that python -m bench limits measures ({error})") from error
+    for i, row in enumerate(results.rows):
+        missing = [key for key in NEEDED.get(row.suite, ()) if row.why_not is None and key not in row.extra]
+        if missing:
+            raise ValueError(f"{path}: rows[{i}].extra of suite {row.suite} lacks {', '.join(missing)}")
+    return results
 
 
 def committed() -> list[Path]:
@@ -162,15 +181,14 @@ def where(section: Section) -> str:
             continue
         least, total = own.extra.get("least_ms") or {}, own.ms
         lines = []
+        rivals = eager.extra["classes"] if eager and eager.ms else {}
         for kind, ms in own.extra["classes"].items():
-            other = number(eager.extra["classes"][kind]) if eager and eager.ms else "-"
-            lines.append((kind, number(ms), percent(ms / total), other, number(least.get(kind))))
-        whole = (
-            number(total),
-            "100%",
-            number(eager.ms) if eager else "-",
-            number(sum(least.values())) if least else "-",
-        )
+            # A class without time was found in other ops, or does not occur: nothing is known of it.
+            share = percent(ms / total) if ms else "-"
+            lines.append((kind, number(ms or None), share, number(rivals.get(kind) or None), number(least.get(kind))))
+        # Not of every class there is a limit.
+        floor = f"at least {number(sum(least.values()))}" if least else "-"
+        whole = number(total), "100%", number(eager.ms) if eager else "-", floor
         head = (f"{name}, {dtype}, {shape}", "ms", "share", "eager ms", "ms at the limits")
         parts.append(table(head, [*lines, ("whole step, profiled", *whole)]))
     return "\n\n".join(parts) or NOT_MEASURED

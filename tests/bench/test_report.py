@@ -312,6 +312,26 @@ def test_files_that_are_no_results_are_refused(tmp_path, capsys):
     assert "a.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    ({"limits": {"copy": 3}}, "limits are none"), ({"limits": asdict(LIMITS) | {"copy_gbps": "3"}}, "limits are none"),
+    ({"limits": asdict(LIMITS) | {"gemm_tflops": 3}}, "limits are none"),
+    ({"rows": [asdict(timed("breakdown", "DiT-S/2", "ditfast", 7.0))]}, "rows[0].extra of suite breakdown lacks classes"),
+    ({"rows": [asdict(timed("scale", "DiT-S/2", "ditfast", 7.0, ranks=1))]}, "scale lacks images_per_s, efficiency"),
+])  # fmt: skip
+def test_damaged_results_are_refused_by_name(change, message, tmp_path, capsys):
+    (tmp_path / "a.json").write_text(json.dumps({"machine": MACHINE, "limits": None, "rows": []} | change))
+    assert page.main([str(tmp_path / "a.json"), "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "a.json" in error and message in error
+
+
+def test_a_class_without_time_is_not_said_to_take_none(section):
+    classes = CLASSES | {"loss": 0.0}
+    section.rows = [timed("breakdown", "DiT-S/2", p, 740.0, classes=classes, least_ms=LEAST) for p in PROVIDERS]
+    assert re.search(r"loss +\| +- \| +- \| +- \| +- \|", tables.where(section))
+    assert re.search(r"whole step, profiled .* at least 370 \|", tables.where(section))
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(1234.5, "1,234"), (12.34, "12.3"), (0.01234, "0.0123"), (None, "-"), (0, "0")]
 )
