@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import logging
+import re
 import sys
 from collections.abc import Sequence
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if argv and argv[0] in COMMANDS:
         return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     try:
         return suite(options)
     except ValueError as error:
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def suite(options: argparse.Namespace) -> int:
     """Measures a suite, prints its table; the exit status."""
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scale, here = scale_of(device, options.small), machine(device)
     results = resume(options.json, here)
     module = importlib.import_module(SUITES[options.suite])
@@ -52,6 +53,7 @@ def suite(options: argparse.Namespace) -> int:
         settings,
         seconds=options.seconds,
         only=options.only,
+        retry=options.retry,
         path=options.json,
     )
     rows = [row for row in results.rows if row.suite == options.suite]
@@ -62,16 +64,52 @@ def suite(options: argparse.Namespace) -> int:
     return int(bool(failures(rows)))
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The options of a suite."""
     tools = "; ".join(f"{name} ({module})" for name, module in COMMANDS.items())
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, epilog=f"tools: {tools}")
-    parser.add_argument("suite", choices=SUITES, help="what to measure")
-    parser.add_argument("--small", action="store_true", help="the smallest sizes: whether all runs, not how fast")
-    parser.add_argument("--only", default="", metavar="REGEX", help="jobs whose 'suite name dtype shape' contains this")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no job that would end later")
-    parser.add_argument("--json", metavar="FILE", help="where rows are kept; jobs that it has are not measured again")
-    parser.add_argument("--device", help="cuda, cuda:1, cpu; a GPU where there is one")
-    return parser
+    made = argparse.ArgumentParser(prog="python -m bench", description=__doc__, epilog=f"tools: {tools}")
+    made.add_argument("suite", choices=SUITES, help="what to measure")
+    made.add_argument("--small", action="store_true", help="the smallest sizes: whether all runs, not how fast")
+    made.add_argument(
+        "--only", type=_regex, default="", metavar="REGEX", help="jobs whose 'suite name dtype shape' contains this"
+    )
+    made.add_argument("--seconds", type=_seconds, default=float("inf"), help="begin no job that would end later")
+    made.add_argument(
+        "--json", metavar="FILE", help="where rows are kept; of its jobs only those that raised are repeated"
+    )
+    made.add_argument("--retry", action="store_true", help="with --json: jobs again whose rows say absent or refused")
+    made.add_argument("--device", type=_device, help="cuda, cuda:1, cpu; a GPU where there is one")
+    return made
+
+
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r} ({error})") from error
+    return text
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"expected seconds from 0, got {text!r}")
+    return value
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"PyTorch sees {torch.cuda.device_count()} GPUs here, got {text!r}")
+    return device
 
 
 if __name__ == "__main__":

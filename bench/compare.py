@@ -1,8 +1,9 @@
 """Two sets of results against each other: `python -m bench compare A.json B.json`, or `--base REV SUITE`.
 
 A row is slower (faster) when its p20 to p80 lies wholly above (below) the other's: what scatters that far is called
-"same". `--fail-above` makes the exit status 1 where a row is slower by more than that, needs that much more memory,
-or is refused by its parity check where it was not before.
+"same". `--fail-above` makes the exit status 1 where a row of ditfast is slower by more than that, needs that much more
+memory, or is not there or not measured (refused by its parity check, failed) where it was before. Others' rows are told
+and not judged: what changed of them is the machine.
 """
 
 import argparse
@@ -42,17 +43,17 @@ class Change:
     def verdict(self) -> str:
         """slower, faster or same; else why there is no ratio."""
         if self.ratio is None:
-            lost = self.old.ms is not None
-            return (self.new.extra.get("refused") and "refused") or ("not measured now" if lost else "not measured")
+            lost = "not measured" + (" now" if self.old.ms is not None else "")
+            return lost if self.new.why_not is None else self.new.why_not.partition(":")[0]
         if _low(self.new) > _high(self.old):
             return "slower"
         return "faster" if _high(self.new) < _low(self.old) else "same"
 
     def regressed(self, allowed: float) -> bool:
-        """Whether the row is slower, or larger, by more than the share `allowed`, or refused now and not before."""
+        """Whether ditfast's row is slower, or larger, by more than the share `allowed`, or not measured any more."""
         slower = self.verdict == "slower" and (self.ratio or 0) > 1 + allowed
-        refused = self.verdict == "refused" and not self.old.extra.get("refused")
-        return slower or refused or (self.memory or 0) > 1 + allowed
+        lost = self.old.why_not is None and (self.new.why_not is not None or bool(self.old.ms and not self.new.ms))
+        return self.new.own and (slower or lost or (self.memory or 0) > 1 + allowed)
 
 
 def _low(row: Row) -> float:
@@ -70,6 +71,15 @@ class Comparison:
     changes: list[Change]
     only_old: list[Row]
     only_new: list[Row]
+
+    @property
+    def lost(self) -> list[Row]:
+        """Rows of ditfast that were measured and are not there any more."""
+        return [row for row in self.only_old if row.own and row.why_not is None]
+
+    def regressed(self, allowed: float) -> bool:
+        """Whether a row regressed by more than the share `allowed`, or is lost."""
+        return bool(self.lost) or any(change.regressed(allowed) for change in self.changes)
 
 
 def match(old: Results, new: Results) -> Comparison:
@@ -123,7 +133,11 @@ def report(comparison: Comparison, allowed: float | None) -> str:
         for line in lines
     ]
     for where, rows in (("old", comparison.only_old), ("new", comparison.only_new)):
-        text += [f"only in the {where} file: {row.suite} {row.name} {row.provider} {row.dtype}" for row in rows]
+        lost = comparison.lost if where == "old" and allowed is not None else []
+        text += [
+            f"{'! ' if row in lost else ''}only in the {where} file: {row.suite} {row.name} {row.provider} {row.dtype}"
+            for row in rows
+        ]
     ratios = [change.ratio for change in comparison.changes if change.ratio]
     if ratios:
         text.append(f"{len(ratios)} rows compared, geometric mean of new/old {statistics.geometric_mean(ratios):.3f}")
@@ -168,9 +182,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(argv)
     try:
         if options.base is not None:
+            from bench.__main__ import parser as suite_parser
             from bench.revisions import measure_in_turns
 
-            suite = [*options.files, *rest]
+            if suite := [*options.files, *rest]:
+                suite_parser().parse_args(suite)
             old, new = measure_in_turns(options.base, suite, rounds=options.rounds, seconds=options.seconds)
         else:
             old, new = _read_both(options.files, rest)
@@ -190,8 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not comparison.changes:
         print("error: the files have no row in common")
         return 2
-    worse = [change for change in comparison.changes if change.regressed(options.fail_above or 0.0)]
-    return int(options.fail_above is not None and bool(worse))
+    return int(options.fail_above is not None and comparison.regressed(options.fail_above))
 
 
 def _read_both(files: Sequence[str], rest: Sequence[str]) -> tuple[Results, Results]:

@@ -44,9 +44,9 @@ def machine(device: str | torch.device | None = None) -> dict[str, Any]:
     }
 
 
-def same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether rows measured on both may stand in one file."""
-    return all(one.get(key) == other.get(key) for key in IDENTITY)
+def changed(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What of IDENTITY differs, as text; if nothing does, rows measured on both may stand in one file."""
+    return [f"{key} {one.get(key)} and {other.get(key)}" for key in IDENTITY if one.get(key) != other.get(key)]
 
 
 def machine_line() -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Rows of measurements and the JSON file that holds them, with one machine object a file."""
 
+import itertools
 import json
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -8,8 +10,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from bench.machine import same_machine
+from bench.machine import changed
 from ditfast.files import replacing
+
+log = logging.getLogger("bench")
 
 # Providers that every suite calls by these names; others have their package's.
 DITFAST, EAGER, COMPILE = "ditfast", "eager", "compile"
@@ -44,6 +48,11 @@ class Row:
     def job(self) -> Job:
         """What is compared: rows of one job differ in the provider."""
         return self.suite, self.name, self.dtype, self.shape
+
+    @property
+    def own(self) -> bool:
+        """Whether it is ditfast's, or of a variant of it ("ditfast graph")."""
+        return self.provider.split()[0] == DITFAST
 
     @property
     def why_not(self) -> str | None:
@@ -105,7 +114,8 @@ class Results:
 def resume(path: str | Path | None, machine: dict[str, Any]) -> Results:
     """The results to go on with: those in the file, if it is there and of this machine and source, else none.
 
-    ValueError for a file of another device, which would be lost.
+    A file of other versions, threads or source is kept under another name, and that is said. ValueError for a file of
+    another device.
     """
     if path is None or not Path(path).exists():
         return Results(machine)
@@ -114,7 +124,12 @@ def resume(path: str | Path | None, machine: dict[str, Any]) -> Results:
         raise ValueError(
             f"{path} holds rows of {found.machine.get('device')}, this is {machine['device']}; name another file"
         )
-    return found if same_machine(found.machine, machine) else Results(machine)
+    if not (differences := changed(found.machine, machine)):
+        return found
+    kept = next(name for i in itertools.count(1) if not (name := Path(f"{path}.{i}")).exists())
+    Path(path).rename(kept)
+    log.warning("%s: begun anew, what was there is in %s; then and now: %s", path, kept, ", ".join(differences))
+    return Results(machine)
 
 
 def _row(path: str | Path, index: int, row: Any) -> Row:

@@ -20,20 +20,26 @@ def run(
     *,
     seconds: float = float("inf"),
     only: str = "",
+    retry: bool = False,
     path: str | Path | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
     """Measures the pieces that `results` lacks and enters their rows; returns how many are left for want of time.
 
-    only  a regular expression that a piece's job, joined by spaces, must contain
-    path  where the results are saved after every piece
+    only   a regular expression that a piece's job, joined by spaces, must contain
+    retry  whether pieces with rows of what could not run here are measured too; those that raised always are, last
+    path   where the results are saved after every piece
     A piece that raises is a row that says so. None is begun that would not end in time if it took as long as the
-    longest so far.
+    longest so far. ValueError where there is no job of that name.
     """
     deadline, longest, left = clock() + seconds, 0.0, 0
-    for piece in pieces:
-        if results.of(piece.job) or not re.search(only, " ".join(piece.job)):
-            continue
+    pieces = list(pieces)
+    asked = [piece for piece in pieces if re.search(only, " ".join(piece.job))]
+    if pieces and not asked:
+        raise ValueError(f"--only {only}: no job is of that name; there are {', '.join(_names(pieces))}")
+    again = {"failed", "absent", "refused"} if retry else {"failed"}
+    undone = [piece for piece in asked if any(row.extra.keys() & again for row in results.of(piece.job))]
+    for piece in [*(piece for piece in asked if not results.of(piece.job)), *undone]:
         start = clock()
         if start + longest > deadline:
             left += 1
@@ -51,9 +57,13 @@ def run(
     return left
 
 
+def _names(pieces: Iterable[Piece]) -> list[str]:
+    return list(dict.fromkeys(piece.job[1] for piece in pieces))
+
+
 def failures(rows: Iterable[Row]) -> list[Row]:
     """The rows of ditfast itself, its variants ("ditfast graph") among them, that were refused or failed."""
-    return [row for row in rows if row.provider.split()[0] == DITFAST and row.extra.keys() & {"refused", "failed"}]
+    return [row for row in rows if row.own and row.extra.keys() & {"refused", "failed"}]
 
 
 def table(rows: Sequence[Row]) -> str:

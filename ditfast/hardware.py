@@ -27,6 +27,7 @@ class Gpu:
     memory    GB (1e9) as sold; what a process can have is a few percent less
     link      GB/s, each direction, from one GPU to the others of its node: NVLink, else its PCIe slot
     network   GB/s, each direction, from one GPU to other nodes in the vendor's own server (DGX); None: there is none
+    bridged   how many GPUs a bridge joins, and GB/s, each direction, between them; None: there is none
     """
 
     name: str
@@ -39,6 +40,11 @@ class Gpu:
     memory: float
     link: float
     network: float | None = None
+    bridged: tuple[int, float] | None = None
+
+    def link_among(self, gpus: int) -> float:
+        """GB/s, each direction, from one of so many neighbouring GPUs of a node to the others."""
+        return self.bridged[1] if self.bridged and gpus <= self.bridged[0] else self.link
 
 
 # NVIDIA's datasheets and, for cards without tensor-core figures there, its architecture white papers. Where they give
@@ -47,16 +53,16 @@ GPUS = (
     Gpu("B200", "b200", 2250, 2250, 1125, 75, 8000, 180, 900, 50),
     Gpu("GH200", "gh200", 989, 989, 494, 67, 4000, 96, 450),
     Gpu("H200", "h200", 989, 989, 494, 67, 4800, 141, 450, 50),
-    Gpu("H200 NVL", "h200 nvl", 835, 835, 417, 60, 4800, 141, 450),
+    Gpu("H200 NVL", "h200 nvl", 835, 835, 417, 60, 4800, 141, 64, bridged=(4, 450)),
     Gpu("H100 SXM", "h100", 989, 989, 494, 67, 3350, 80, 450, 50),
-    Gpu("H100 PCIe", "h100 pcie", 756, 756, 378, 51, 2000, 80, 300),
-    Gpu("H100 NVL", "h100 nvl", 835, 835, 417, 60, 3900, 94, 300),
+    Gpu("H100 PCIe", "h100 pcie", 756, 756, 378, 51, 2000, 80, 64, bridged=(2, 300)),
+    Gpu("H100 NVL", "h100 nvl", 835, 835, 417, 60, 3900, 94, 64, bridged=(2, 300)),
     Gpu("H800 SXM", "h800", 989, 989, 494, 67, 3350, 80, 200, 50),
     Gpu("H20", "h20", 148, 148, 74, 44, 4000, 96, 450, 50),
     Gpu("A100 SXM 80GB", "a100", 312, 312, 156, 19.5, 2039, 80, 300, 25),
     Gpu("A100 SXM 40GB", "a100 40gb", 312, 312, 156, 19.5, 1555, 40, 300, 25),
-    Gpu("A100 PCIe 80GB", "a100 pcie", 312, 312, 156, 19.5, 1935, 80, 300),
-    Gpu("A100 PCIe 40GB", "a100 40gb pcie", 312, 312, 156, 19.5, 1555, 40, 300),
+    Gpu("A100 PCIe 80GB", "a100 pcie", 312, 312, 156, 19.5, 1935, 80, 32, bridged=(2, 300)),
+    Gpu("A100 PCIe 40GB", "a100 40gb pcie", 312, 312, 156, 19.5, 1555, 40, 32, bridged=(2, 300)),
     Gpu("A800 SXM 80GB", "a800", 312, 312, 156, 19.5, 2039, 80, 200, 25),
     Gpu("A40", "a40", 150, 150, 75, 37.4, 696, 48, 32),
     Gpu("A30", "a30", 165, 165, 82, 10.3, 933, 24, 32),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.compare import differences
 from bench.machine import ROOT
 from bench.report.figures import FIGURES
 from bench.report.markdown import NOT_MEASURED, megabytes, number, percent, table
@@ -27,6 +28,11 @@ PICTURES = {
     "memory": "Activation bytes by recompute policy, measured and estimated",
     "scaling": "Images per second by ranks",
 }
+# What `extra` of a suite's measured rows must have, to be put into tables and pictures.
+NEEDED = {
+    "ops": ("pass",), "breakdown": ("classes",), "memory": ("policy",),
+    "scale": ("ranks", "images_per_s", "efficiency"), "fast-dit": ("steps_per_s", "state_bytes"),
+}  # fmt: skip
 PLACE = re.compile(r"(<!-- bench:(?P<name>[\w -]+?) -->\n).*?(?P<end><!-- bench:end -->)", re.DOTALL)
 
 
@@ -45,11 +51,22 @@ class Section:
 
 
 def sections(found: Iterable[Results]) -> list[Section]:
-    """The results by device; of a row in several files the last counts."""
+    """The results by device; of a row in several files the last counts.
+
+    ValueError where these were of machines that differ: of their rows none may stand for the other's.
+    """
     made: dict[str, Section] = {}
+    origin: dict[tuple[str, Job, str], dict[str, Any]] = {}
     for results in found:
         name = str(results.machine.get("device"))
         section = made.setdefault(name, Section(name))
+        for row in results.rows:
+            before = origin.setdefault((name, row.job, row.provider), results.machine)
+            if apart := differences(before, results.machine):
+                raise ValueError(
+                    f"two files have {row.suite} {row.name} by {row.provider} on {name}, of machines that differ in "
+                    f"{', '.join(apart)}; name one of them"
+                )
         section.machines.append(results.machine)
         section.limits = Ceilings(**results.limits) if results.limits else section.limits
         joined = Results(results.machine, rows=section.rows)
@@ -59,8 +76,22 @@ def sections(found: Iterable[Results]) -> list[Section]:
 
 
 def load(files: Sequence[Path]) -> list[Section]:
-    """`sections` of result files."""
-    return sections(Results.load(file) for file in files)
+    """`sections` of result files; ValueError with the file for what is none, or lacks what a table is made of."""
+    return sections(map(_load, files))
+
+
+def _load(path: Path) -> Results:
+    results = Results.load(path)
+    try:
+        if results.limits is not None:
+            Ceilings(**results.limits)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: limits are none that python -m bench limits measures ({error})") from error
+    for i, row in enumerate(results.rows):
+        missing = [key for key in NEEDED.get(row.suite, ()) if row.why_not is None and key not in row.extra]
+        if missing:
+            raise ValueError(f"{path}: rows[{i}].extra of suite {row.suite} lacks {', '.join(missing)}")
+    return results
 
 
 def committed() -> list[Path]:
@@ -95,19 +126,22 @@ def faster(other: Row | None, own: Row | None) -> str:
 
 
 def machine(section: Section) -> str:
-    """What it was measured on."""
-    last, limits = section.machines[-1], section.limits
+    """What it was measured on; where files differ in it, all of that."""
+    limits = section.limits
+
+    def told(*keys: str, by: str = "; ") -> str:
+        return by.join(dict.fromkeys(", ".join(str(m.get(key) or "-") for key in keys) for m in section.machines))
+
     gemm = ", ".join(f"{dtype} {number(1e3 * rate)}" for dtype, rate in limits.gemm_tflops.items()) if limits else "-"
-    commits = dict.fromkeys(str(m.get("commit"))[:12] for m in section.machines)
     lines = [
         ("device", section.device),
-        ("cores, threads", f"{last.get('cores')}, {last.get('threads')}"),
-        ("driver", str(last.get("driver") or "-")),
-        ("torch, triton, python", ", ".join(str(last.get(key)) for key in ("torch", "triton", "python"))),
+        ("cores, threads", told("cores", "threads")),
+        ("driver", told("driver")),
+        ("torch, triton, python", told("torch", "triton", "python")),
         ("measured copy (GB/s)", number(limits.copy_gbps) if limits else NOT_MEASURED),
         ("measured GEMM (GFLOP/s)", gemm if limits else NOT_MEASURED),
-        ("commit", ", ".join(commits)),
-        ("date", ", ".join(dict.fromkeys(str(m.get("date")) for m in section.machines))),
+        ("commit", re.sub(r"([0-9a-f]{12})[0-9a-f]*", r"\1", told("commit", by=", "))),
+        ("date", told("date", by=", ")),
     ]
     return table(("", "measured on"), lines, left=2)
 
@@ -147,15 +181,14 @@ def where(section: Section) -> str:
             continue
         least, total = own.extra.get("least_ms") or {}, own.ms
         lines = []
+        rivals = eager.extra["classes"] if eager and eager.ms else {}
         for kind, ms in own.extra["classes"].items():
-            other = number(eager.extra["classes"][kind]) if eager and eager.ms else "-"
-            lines.append((kind, number(ms), percent(ms / total), other, number(least.get(kind))))
-        whole = (
-            number(total),
-            "100%",
-            number(eager.ms) if eager else "-",
-            number(sum(least.values())) if least else "-",
-        )
+            # A class without time was found in other ops, or does not occur: nothing is known of it.
+            share = percent(ms / total) if ms else "-"
+            lines.append((kind, number(ms or None), share, number(rivals.get(kind) or None), number(least.get(kind))))
+        # Not of every class there is a limit.
+        floor = f"at least {number(sum(least.values()))}" if least else "-"
+        whole = number(total), "100%", number(eager.ms) if eager else "-", floor
         head = (f"{name}, {dtype}, {shape}", "ms", "share", "eager ms", "ms at the limits")
         parts.append(table(head, [*lines, ("whole step, profiled", *whole)]))
     return "\n\n".join(parts) or NOT_MEASURED
@@ -221,10 +254,10 @@ def memory(section: Section) -> str:
 
 
 def scaling(section: Section) -> str:
-    """Data-parallel ranks."""
+    """Data-parallel ranks; one has nobody to communicate with, nor to be compared to."""
     lines = []
     for row in section.of("scale"):
-        extra = row.extra
+        extra = row.extra if row.extra.get("ranks") != 1 else {"images_per_s": row.extra.get("images_per_s")}
         lines.append((row.name, row.dtype, row.shape, times(row), number(extra.get("images_per_s")),
                       percent(extra.get("efficiency")), percent(extra.get("communication_share"))))  # fmt: skip
     return table(

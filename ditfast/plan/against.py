@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ditfast.build import build_model
 from ditfast.config import PRECISIONS, ConfigError, config_from
+from ditfast.files import replacing
 from ditfast.hardware import Ceilings
 from ditfast.plan.memory import policy_memory, state
 from ditfast.plan.step import Share, rates, step_time
@@ -98,6 +99,12 @@ def print_comparisons(found: list[Comparison], passed_over: list[str]) -> None:
         console.print(table)
     for line in passed_over:
         console.print(f"not compared: {line}")
+
+
+def save_comparisons(found: list[Comparison], path: Path) -> None:
+    """The comparisons as JSON, under "against" as in a plan's."""
+    with replacing(path) as file:
+        file.write((json.dumps({"against": as_json(found)}, indent=1) + "\n").encode())
 
 
 def as_json(found: list[Comparison]) -> list[dict[str, Any]]:

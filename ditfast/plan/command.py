@@ -10,7 +10,7 @@ from ditfast.config import PRECISIONS, ConfigError, checked_precision, load_conf
 from ditfast.hardware import Ceilings, datasheet, gpu, measured
 from ditfast.layers import DiffusionTransformer, policy_of_block
 from ditfast.plan import Cluster, Job, published_model
-from ditfast.plan.against import as_json, compare, print_comparisons
+from ditfast.plan.against import as_json, compare, print_comparisons, save_comparisons
 from ditfast.plan.report import make_plan, print_plan, save_plan
 
 
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
                       "on such a GPU here, else the datasheet")  # fmt: skip
     made.add_argument("--against", type=Path, nargs="+", default=[], metavar="FILE",
                       help="results of python -m bench model --json FILE: prints the model's error")  # fmt: skip
-    made.add_argument("--json", type=Path, metavar="FILE", help="writes the plan there as well")
+    made.add_argument("--json", type=Path, metavar="FILE", help="writes the plan, the comparisons, there as well")
     return made
 
 
@@ -59,10 +59,13 @@ def run(options: argparse.Namespace) -> int:
         print_plan(plan, name, precision)
         if options.json is not None:
             save_plan(plan, options.json, name, precision, as_json(rows))
-            print(options.json)
         status = int(plan.proposed is None)
+    elif options.json is not None:
+        save_comparisons(rows, options.json)
     if options.against:
         print_comparisons(rows, passed_over)
+    if options.json is not None:
+        print(options.json)
     return status
 
 

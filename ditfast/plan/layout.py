@@ -242,17 +242,24 @@ def _communication(
     """(bytes that a GPU sends in a step, milliseconds that nothing hides, milliseconds beside other work)."""
     p, count = job.precision, trainable(job.model) / layout.tensor
     gradients, weights, computed = (count * dtype.itemsize for dtype in (p.grads, p.params, p.compute))
-    # (bytes that all cross, milliseconds of the work beside them): the forward is a third of it, the backward the rest.
-    forward, backward = time.total / 3, time.total * 2 / 3
+    # (bytes that all cross, milliseconds of the work beside them): of what is not the update, which waits for the
+    # gradients, the forward is a third and the backward the rest. What is reduced or gathered whole once a step has
+    # one chunk's beside it, the last backward or the first forward; what is fully sharded crosses in every chunk.
+    chunks = time.total - time.optimizer
+    forward, backward = chunks / 3 / job.accumulate, chunks * 2 / 3 / job.accumulate
     moved = {
         "none": [(2 * gradients, backward)],
         "optimizer": [(gradients, backward), (weights, forward)],
-        "full": [(job.accumulate * (gradients + computed), backward), (job.accumulate * computed, forward)],
+        "full": [
+            (job.accumulate * (gradients + computed), job.accumulate * backward),
+            (job.accumulate * computed, job.accumulate * forward),
+        ],
     }[layout.shard]
-    inner = min(cluster.gpus, cluster.per_node) // layout.tensor
+    node = min(cluster.gpus, cluster.per_node)
+    inner = node // layout.tensor
     sent = exposed = hidden = 0.0
     for size, beside in moved if layout.replicas > 1 else []:
-        bytes_sent, seconds = _ring(size, inner, layout.replicas // inner, cluster)
+        bytes_sent, seconds = _ring(size, inner, layout.replicas // inner, cluster, node)
         beside = min(1e3 * seconds * FACTORS["hidden"].value, beside)
         sent, hidden, exposed = sent + bytes_sent, hidden + beside, exposed + 1e3 * seconds - beside
     if layout.parts > 1:
@@ -261,7 +268,7 @@ def _communication(
         ways = 2 + _whole_blocks(policy, len(job.model.blocks))
         each = 4 * stream if layout.tensor > 1 else 4 * stream / layout.parts
         size = each * ways * len(job.model.blocks) * job.accumulate
-        bytes_sent, seconds = _ring(size, layout.parts, 1, cluster)
+        bytes_sent, seconds = _ring(size, layout.parts, 1, cluster, layout.parts)
         seconds += 4 * ways * len(job.model.blocks) * job.accumulate * FACTORS["latency"].value
         sent, exposed = sent + bytes_sent, exposed + 1e3 * seconds
     return sent, exposed, hidden
@@ -272,13 +279,13 @@ def _whole_blocks(policy: str, blocks: int) -> float:
     return [policy_of_block(policy, i) for i in range(blocks)].count("block") / blocks
 
 
-def _ring(size: float, inner: int, outer: int, cluster: Cluster) -> tuple[float, float]:
+def _ring(size: float, inner: int, outer: int, cluster: Cluster, span: int) -> tuple[float, float]:
     """(bytes sent, seconds) of a GPU where all of `size` bytes cross once: in a node, and a share of it between nodes.
 
-    Both go on at a time, chunk by chunk.
+    Both go on at a time, chunk by chunk. The GPUs of a node that take part are among `span` neighbours.
     """
     within, between = size * (inner - 1) / inner, size / inner * (outer - 1) / outer
-    seconds = within / (1e9 * cluster.gpu.link * FACTORS["link"].value)
+    seconds = within / (1e9 * cluster.gpu.link_among(span) * FACTORS["link"].value)
     if between:
         seconds = max(seconds, between / (1e9 * cluster.between_nodes * FACTORS["network"].value))
     return within + between, seconds

@@ -131,13 +131,14 @@ def _basis(plan: Plan) -> str:
     """What the figures rest on."""
     ceilings, cluster = plan.cluster.ceilings, plan.cluster
     rate = ceilings.gemm_tflops[rate_name(plan.job.precision)]
+    link = cluster.gpu.link_among(min(cluster.gpus, cluster.per_node))
     network = f", {cluster.between_nodes:g} GB/s to other nodes" if cluster.nodes > 1 else ""
     factors = STEP_FACTORS | LAYOUT_FACTORS
     if ceilings.source == "measured":
         factors = {name: factor for name, factor in factors.items() if "datasheet" not in name}
     lines = [
         f"Computed from shapes and {ceilings.source} ceilings of {ceilings.machine}: {rate:g} TFLOP/s, copy "
-        f"{ceilings.copy_gbps:g} GB/s; {cluster.gpu.link:g} GB/s to its node{network}. Nothing was run. Not in it: the "
+        f"{ceilings.copy_gbps:g} GB/s; {link:g} GB/s to its node{network}. Nothing was run. Not in it: the "
         "host's time, which a small batch waits for, and loading data. Assumed:"
     ]
     return "\n".join(lines + [f"  {name} {factor.value:g}: {factor.reason}" for name, factor in factors.items()])

@@ -1,6 +1,7 @@
 """Two files of results against each other, and a commit against the working tree."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -70,6 +71,30 @@ def test_an_op_refused_now_is_a_regression(files, capsys):
     assert compare.main([*files([refused], [refused]), "--fail-above", "5%"]) == 0
 
 
+def test_an_op_that_fails_now_is_a_regression(files, capsys):
+    failed = row(None, extra={"failed": "OutOfMemoryError: "})
+    assert compare.main([*files([row()], [failed]), "--fail-above", "5%"]) == 1
+    assert re.search(r"^! ops .* failed$", capsys.readouterr().out, re.M)
+    assert compare.main([*files([failed], [failed]), "--fail-above", "5%"]) == 0
+    without_time = row(None, peak_bytes=1000)
+    assert compare.main([*files([without_time], [failed]), "--fail-above", "5%"]) == 1, "of rows without a time too"
+
+
+def test_a_row_that_is_not_there_any_more_is_a_regression(files, capsys):
+    arguments = [*files([row(), row(name="lost fwd")], [row()]), "--fail-above", "5%"]
+    assert compare.main(arguments) == 1
+    assert "! only in the old file: ops lost fwd" in capsys.readouterr().out
+    other = [row(name="lost fwd", provider="eager"), row(None, name="absent fwd", extra={"absent": "no GPU"})]
+    assert compare.main([*files([row(), *other], [row()]), "--fail-above", "5%"]) == 0
+
+
+def test_only_rows_of_ditfast_are_judged(files):
+    eager = [row(ms, provider="eager", peak_bytes=int(100 * ms)) for ms in (10, 20)]
+    assert compare.main([*files([eager[0]], [eager[1]]), "--fail-above", "5%"]) == 0
+    graph = [row(ms, provider="ditfast graph") for ms in (10, 20)]
+    assert compare.main([*files([graph[0]], [graph[1]]), "--fail-above", "5%"]) == 1
+
+
 def test_rows_of_one_file_are_named(files, capsys):
     arguments = files([row(), row(name="old_op fwd")], [row(), row(name="new_op fwd")])
     assert compare.main(arguments) == 0
@@ -99,6 +124,14 @@ def test_other_differences_of_the_machines_are_told(files, capsys):
 def test_what_is_no_pair_of_files_is_refused(arguments, capsys):
     assert compare.main(arguments) == 2
     assert capsys.readouterr().out.startswith("error: ")
+
+
+@pytest.mark.parametrize("suite", [["nosuite"], ["ops", "--only", "("], ["ops", "--nonsense"]])
+def test_a_suite_that_cannot_run_is_refused_before_a_worktree_is_made(suite, monkeypatch, capsys):
+    monkeypatch.setattr(revisions, "worktree", lambda *_: pytest.fail("a worktree was made"))
+    with pytest.raises(SystemExit, match="2"):
+        compare.main(["--base", "HEAD", *suite])
+    assert "python -m bench: error: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "share"), [("5%", 0.05), ("0.05", 0.05), ("0%", 0.0)])

@@ -19,9 +19,9 @@ def test_the_machine_object_is_json_and_names_the_device():
 
 def test_results_of_another_commit_of_the_same_source_are_of_the_same_machine():
     here = machine.machine("cpu")
-    assert machine.same_machine(here, here | {"commit": "other", "date": "1970-01-01"})
+    assert not machine.changed(here, here | {"commit": "other", "date": "1970-01-01"})
     for key in machine.IDENTITY:
-        assert not machine.same_machine(here, here | {key: "other"}), key
+        assert machine.changed(here, here | {key: "other"}) == [f"{key} {here[key]} and other"]
 
 
 def test_the_source_is_that_of_the_code(tmp_path, monkeypatch):

@@ -84,6 +84,22 @@ def test_an_unknown_name_is_told_what_there_is(capsys):
     assert "'ops'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("option", "message"), [
+    ("--only=(", "expected a regular expression, got '('"), ("--seconds=-1", "expected seconds from 0, got '-1'"),
+    ("--seconds=nan", "expected seconds from 0"), ("--device=foo", "expected cpu, cuda or cuda:N, got 'foo'"),
+    ("--device=meta", "expected cpu, cuda"), ("--device=cuda:99", "GPUs here, got 'cuda:99'"),
+])  # fmt: skip
+def test_an_option_that_cannot_be_is_refused(option, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["ops", "--small", option])
+    assert message in capsys.readouterr().err
+
+
+def test_a_job_that_is_not_there_is_refused(run, capsys):
+    assert bench.main(["ops", "--small", "--device", "cpu", "--only", "nosuch"]) == 2
+    assert "--only nosuch: no job is of that name; there are adaln_modulate fwd" in capsys.readouterr().err
+
+
 @pytest.fixture
 def under_pytest(tmp_path):
     """under_pytest(*arguments) -> what `pytest bench/test_suites.py --small` printed, where it passed."""

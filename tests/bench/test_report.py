@@ -220,6 +220,21 @@ def test_results_of_a_device_are_joined_and_the_last_counts():
     assert joined.rows == [new] and joined.limits == LIMITS and apart.device == "another"
 
 
+def test_rows_of_another_machine_of_the_same_device_are_refused_and_machines_are_all_named():
+    one, two = (timed("feed", name, "ditfast", 1.0) for name in ("DiT-S/2", "DiT-S/4"))
+    other = MACHINE | {"threads": 16, "commit": f"{'f' * 40}-dirty"}
+    with pytest.raises(ValueError, match="two files have feed DiT-S/2 by ditfast on a CPU, .* threads: 1 and 16; name"):
+        tables.sections([Results(MACHINE, None, [one]), Results(other, None, [two, one])])
+    [joined] = tables.sections([Results(MACHINE, None, [one]), Results(other, None, [two])])
+    text = tables.machine(joined)
+    assert "-, 1; -, 16" in text and "0123456789ab, ffffffffffff-dirty " in text
+
+
+def test_one_rank_communicates_with_nobody(section):
+    one, two = tables.scaling(section).splitlines()[2:]
+    assert re.search(r"\| +10 \| +- \| +- \|$", one) and re.search(r"\| +20 \| +80% \| +10% \|$", two)
+
+
 def test_places_are_filled_and_the_rest_stays(section):
     text = "# A\n<!-- bench:memory -->\nold\n<!-- bench:end -->\nB\n<!-- bench:picture memory -->\n<!-- bench:end -->\n"
     filled = tables.fill(text, [section])
@@ -295,6 +310,26 @@ def test_files_that_are_no_results_are_refused(tmp_path, capsys):
     (tmp_path / "a.json").write_text("[]")
     assert page.main([str(tmp_path / "a.json"), "--out", str(tmp_path)]) == 2
     assert "a.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"limits": {"copy": 3}}, "limits are none"), ({"limits": asdict(LIMITS) | {"copy_gbps": "3"}}, "limits are none"),
+    ({"limits": asdict(LIMITS) | {"gemm_tflops": 3}}, "limits are none"),
+    ({"rows": [asdict(timed("breakdown", "DiT-S/2", "ditfast", 7.0))]}, "rows[0].extra of suite breakdown lacks classes"),
+    ({"rows": [asdict(timed("scale", "DiT-S/2", "ditfast", 7.0, ranks=1))]}, "scale lacks images_per_s, efficiency"),
+])  # fmt: skip
+def test_damaged_results_are_refused_by_name(change, message, tmp_path, capsys):
+    (tmp_path / "a.json").write_text(json.dumps({"machine": MACHINE, "limits": None, "rows": []} | change))
+    assert page.main([str(tmp_path / "a.json"), "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "a.json" in error and message in error
+
+
+def test_a_class_without_time_is_not_said_to_take_none(section):
+    classes = CLASSES | {"loss": 0.0}
+    section.rows = [timed("breakdown", "DiT-S/2", p, 740.0, classes=classes, least_ms=LEAST) for p in PROVIDERS]
+    assert re.search(r"loss +\| +- \| +- \| +- \| +- \|", tables.where(section))
+    assert re.search(r"whole step, profiled .* at least 370 \|", tables.where(section))
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,13 @@ def test_results_of_this_machine_and_source_are_gone_on_with(path):
 
 
 @pytest.mark.parametrize("changed", ("torch", "source", "threads"))
-def test_other_results_are_begun_anew(path, changed):
-    assert resume(path, HERE | {changed: "other"}).rows == []
+def test_other_results_are_kept_aside_and_begun_anew(path, changed, caplog):
+    before = path.read_bytes()
+    for kept in ("ops.json.1", "ops.json.2"):
+        path.write_bytes(before)
+        assert resume(path, HERE | {changed: "other"}).rows == []
+        assert path.with_name(kept).read_bytes() == before and not path.exists()
+        assert f"{kept}; then and now: {changed} {HERE[changed]} and other" in caplog.text
 
 
 def test_results_of_another_device_are_not_lost(path):

@@ -60,10 +60,33 @@ def test_only_what_matches_is_measured():
     assert [piece.times for piece in pieces] == [1, 1, 0]
 
 
+def test_a_name_that_no_job_has_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match="--only gelu: no job is of that name; there are gate fwd, norm fwd$"):
+        runner.run([Piece("gate fwd"), Piece("norm fwd")], Results({}), SETTINGS, only="gelu")
+
+
 def test_a_failing_piece_is_a_row_and_the_next_is_measured():
     results = Results({})
     assert runner.run([Piece("a", error=OSError("no disk")), Piece("b")], results, SETTINGS) == 0
     assert [(found.name, found.why_not) for found in results.rows] == [("a", "failed: OSError: no disk"), ("b", None)]
+
+
+def test_what_raised_is_measured_again_after_the_others():
+    results = Results({})
+    broken = Piece("a", error=MemoryError("full"))
+    runner.run([broken], results, SETTINGS)
+    broken.error = None
+    runner.run([broken, Piece("b")], results, SETTINGS)
+    assert [found.name for found in results.rows] == ["b", "a"] and not any(found.why_not for found in results.rows)
+
+
+@pytest.mark.parametrize("reason", ("absent", "refused"))
+def test_what_could_not_run_is_measured_again_where_asked(reason):
+    results, piece = Results({}, rows=[row("a", "liger", None, extra={reason: "why"}), row("a")]), Piece("a")
+    runner.run([piece], results, SETTINGS)
+    assert piece.times == 0
+    runner.run([piece], results, SETTINGS, retry=True)
+    assert piece.times == 1
 
 
 def test_failures_are_those_of_ditfast():

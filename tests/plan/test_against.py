@@ -70,6 +70,13 @@ def test_the_json_of_a_plan_has_the_comparison(tmp_path):
     assert found["error"] == pytest.approx(0) and found["name"] == "model.json: DiT-S/2 bf16"
 
 
+def test_without_a_model_the_comparison_alone_is_written(tmp_path, capsys):
+    path, out = results(tmp_path / "model.json", [row(predicted())]), tmp_path / "against.json"
+    assert cli.main(["plan", f"--json={out}", "--against", str(path)]) == 0
+    assert json.loads(out.read_text())["against"][0]["error"] == pytest.approx(0)
+    assert str(out) in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"rows": []}', '{"rows": [1], "limits": null, "machine": {"kind": "cuda"}}']
 )

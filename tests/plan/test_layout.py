@@ -101,6 +101,25 @@ def test_data_parallel_communication_by_hand(xl):
     assert slow.time.communication + slow.hidden == pytest.approx(crossing, rel=1e-3)
 
 
+@pytest.mark.parametrize("name, gpus, link", [
+    ("h100 pcie", 2, 300), ("h100 pcie", 4, 64), ("a100 pcie", 8, 32), ("h200 nvl", 4, 450), ("h200 nvl", 8, 64),
+])  # fmt: skip
+def test_a_bridge_joins_so_many_and_the_others_go_by_their_slots(xl, name, gpus, link):
+    found = weigh(job(xl), cluster(gpus, name), Layout(gpus))
+    seconds = found.communicated / (1e9 * link * FACTORS["link"].value)
+    assert found.time.communication + found.hidden == pytest.approx(1e3 * seconds)
+
+
+def test_tensor_parallel_pairs_have_the_bridge_and_their_gradients_the_slot(xl):
+    """Of 8, each pair splits the stream over its bridge, and 4 GPUs of other pairs half of the gradients."""
+    found = weigh(job(xl, 64), cluster(8, "h100 pcie"), Layout(4, "optimizer", tensor=2), ("none",))
+    stream = 4 * 16 * 256 * 1152 * 2 * 2 * 28 / 2
+    gradients = 2 * 674_834_000 * 2 / 2 * 3 / 4
+    assert found.communicated == pytest.approx(stream + gradients, rel=1e-3)
+    seconds = (stream / 300e9 + gradients / 64e9) / FACTORS["link"].value + 8 * 28 * FACTORS["latency"].value
+    assert found.time.communication + found.hidden == pytest.approx(1e3 * seconds, rel=1e-3)
+
+
 @pytest.mark.parametrize("layout, crossings", [
     (Layout(8, "optimizer"), 2), (Layout(8, "full"), 3),
 ])  # fmt: skip
@@ -123,6 +142,19 @@ def test_tensor_and_sequence_parallel_communication_by_hand(xl, layout, each):
     whole, half = (weigh(job(xl, 64), cluster(8), layout, (policy,)) for policy in ("block", "block:2"))
     assert whole.communicated - gradients == pytest.approx(1.5 * activations, rel=1e-3)
     assert half.communicated - gradients == pytest.approx(1.25 * activations, rel=1e-3)
+
+
+def test_the_reduction_hides_behind_the_last_backward_and_not_behind_the_update(xl):
+    """Of a slow network all that is beside it is hidden, two thirds of a chunk's forward and backward."""
+    for accumulate in (1, 4):
+        found = weigh(job(xl, accumulate=accumulate), cluster(64, network=1.0), Layout(64), ("none",))
+        chunk = (found.time.total - found.time.communication - found.time.optimizer) / accumulate
+        assert found.hidden == pytest.approx(chunk * 2 / 3)
+    sharded = weigh(job(xl, accumulate=4), cluster(64, network=1.0), Layout(64, "optimizer"), ("none",))
+    chunk = (sharded.time.total - sharded.time.communication - sharded.time.optimizer) / 4
+    assert sharded.hidden == pytest.approx(chunk), "the gradients beside the last backward, weights the first forward"
+    full = weigh(job(xl, accumulate=4), cluster(64, network=1.0), Layout(64, "full"), ("none",))
+    assert full.hidden == pytest.approx(full.time.total - full.time.communication - full.time.optimizer)
 
 
 def test_accumulation_needs_less_memory_and_communicates_once(xl):
