@@ -197,7 +197,12 @@ def stream_bytes(
     elementwise = (blocks * sites + 1) * (site["fwd"] + site["bwd"]) + again * sites * site["fwd"]
     if a.rope or a.qk_norm:
         heads = {"N": a.qkv_heads, "head_dim": a.head_dim, "half": a.head_dim // 2}
-        turned = _op_bytes("qk_norm_rope", sizes | heads, compute, False, num_heads=a.num_heads)
+        form = a.qk_norm if a.qk_norm_over == "head" else None
+        present = {"cos": a.rope, "sin": a.rope}
+        present |= {f"{qk}_{part}": form and getattr(form, part) for qk in "qk" for part in ("weight", "bias")}
+        absent = tuple(name for name, there in present.items() if not there)
+        arguments = {"num_heads": a.num_heads} | ({"norm": form.kind} if form else {})
+        turned = _op_bytes("qk_norm_rope", sizes | heads, compute, False, absent, **arguments)
         elementwise += blocks * sum(turned.values()) + again * turned["fwd"]
     layers = linear_rows(model)
     first = mlp_linears(model)[0]
@@ -238,11 +243,14 @@ def optimizer_bytes(model: DiffusionTransformer, precision: Precision, emas: int
     return _spec("adamw_ema").bytes_min(inputs)["fwd"] + count * p.grads.itemsize, casts
 
 
-def _op_bytes(name: str, sizes: dict[str, int], dtype: torch.dtype, mixed: bool, **arguments: Any) -> dict[str, int]:
+def _op_bytes(
+    name: str, sizes: dict[str, int], dtype: torch.dtype, mixed: bool, absent: tuple[str, ...] = (), **arguments: Any
+) -> dict[str, int]:
     spec = _spec(name)
     # A norm over an fp32 stream gives what its Linear computes in.
     dtypes = tuple({"out_dtype"} & inspect.signature(spec.fn).parameters.keys())
-    return spec.bytes_min(spec.make_inputs(Case("plan", sizes, arguments, mixed=mixed, dtypes=dtypes), dtype, "meta"))
+    case = Case("plan", sizes, arguments, mixed=mixed, dtypes=dtypes, absent=absent)
+    return spec.bytes_min(spec.make_inputs(case, dtype, "meta"))
 
 
 def _spec(name: str) -> kernels.OpSpec:
