@@ -198,7 +198,7 @@ def stream_bytes(
     if a.rope or a.qk_norm:
         heads = {"N": a.qkv_heads, "head_dim": a.head_dim, "half": a.head_dim // 2}
         form = a.qk_norm if a.qk_norm_over == "head" else None
-        present = {"cos": a.rope, "sin": a.rope}
+        present: dict[str, Any] = {"cos": a.rope, "sin": a.rope}
         present |= {f"{qk}_{part}": form and getattr(form, part) for qk in "qk" for part in ("weight", "bias")}
         absent = tuple(name for name, there in present.items() if not there)
         arguments = {"num_heads": a.num_heads} | ({"norm": form.kind} if form else {})
