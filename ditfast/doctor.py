@@ -138,7 +138,8 @@ def memory(name: str, batch_size: int = 256, image_size: int | None = None, prec
     if batch_size < 1:
         raise ConfigError(f"--batch-size must be positive, got {batch_size}")
     held = PRECISIONS[checked_precision(precision)]
-    network, size = name.partition("@")[0], 8 * model.x_embedder.img_size[0]
+    network, _, pixels = name.partition("@")
+    size = image_size or int(pixels or 256)
     alive, tokens = state(model, held).total / 1e9, batch_size * model.x_embedder.num_patches
     copies = "" if held.compute is held.params else " and, at most, autocast's copies"
     console = Console(soft_wrap=True)

@@ -139,3 +139,9 @@ def test_refusals(options, message, capsys):
     named = [] if any(option.startswith("--gpu=") for option in options) or not options else ["--gpu=h100"]
     assert plan(*options, *named) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["SiT-XL/2", "LightningDiT-XL/1", "LargeDiT-3B/2", "LargeDiT-600M/2"])
+def test_every_family_has_a_plan(model, capsys):
+    assert plan(f"--model={model}", "--gpu=h200", "--policy=ops", "--gpus=8") == 0
+    assert "256 tokens an image, bf16, global batch 256, on 8 x H200" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The model of a step: its FLOPs are those that run, its worked example is DiT-XL/2 on an H200."""
 
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ditfast.config import PRECISIONS, ConfigError
 from ditfast.hardware import Ceilings, datasheet
-from ditfast.layers import BLOCK_VARIANTS, DiT, forward_macs, policy_of_block, training_flops
+from ditfast.layers import BLOCK_VARIANTS, DiT, LargeDiT, LightningDiT, forward_macs, policy_of_block, training_flops
 from ditfast.plan import Share, published_model, rates, step_time
 from ditfast.plan.step import FACTORS, attention_flops, gemm_flops, optimizer_bytes, stream_bytes
 
@@ -99,6 +100,22 @@ def test_counted_flops_are_those_that_run(block, policy):
     policies = [policy_of_block(policy, i) for i in range(2)]
     modelled = sum(gemm_flops(model, policies).values()) + attention_flops(model, policies)
     assert counter.get_total_flops() == 3 * modelled
+
+
+@pytest.mark.parametrize("policy", ["none", "ops", "mlp", "block"])
+@pytest.mark.parametrize(
+    "make", [partial(LightningDiT, patch_size=2, use_qknorm=True), partial(LargeDiT, num_kv_heads=1, multiple_of=16)]
+)
+def test_counted_flops_of_other_families_are_those_that_run(make, policy):
+    torch.manual_seed(0)
+    model = make(input_size=8, in_channels=4, hidden_size=48, depth=2, num_heads=2, num_classes=7)
+    model.recompute = policy
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.randn(3, 4, 8, 8), torch.rand(3), torch.arange(3)).square().sum().backward()
+    policies = [policy_of_block(policy, i) for i in range(2)]
+    assert counter.get_total_flops() == 3 * (
+        sum(gemm_flops(model, policies).values()) + attention_flops(model, policies)
+    )
 
 
 def test_a_share_has_its_part_of_the_work(xl):

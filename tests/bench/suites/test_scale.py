@@ -47,5 +47,5 @@ def test_gradients_that_were_not_reduced_are_refused():
 
 @pytest.mark.full
 def test_processes_that_fail_say_why():
-    with pytest.raises(RuntimeError, match=r"2 ranks ended with 1: (?s:.*)unknown model 'odd'"):
-        replace(JOB, model="odd").measure(SETTINGS)
+    with pytest.raises(RuntimeError, match=r"2 ranks ended with 1: (?s:.*)Did you mean 'DiT-XL/2'"):
+        replace(JOB, model="DiT-XL2").measure(SETTINGS)
