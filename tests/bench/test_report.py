@@ -315,7 +315,7 @@ def test_files_that_are_no_results_are_refused(tmp_path, capsys):
 @pytest.mark.parametrize(("change", "message"), [
     ({"limits": {"copy": 3}}, "limits are none"), ({"limits": asdict(LIMITS) | {"copy_gbps": "3"}}, "limits are none"),
     ({"limits": asdict(LIMITS) | {"gemm_tflops": 3}}, "limits are none"),
-    ({"rows": [asdict(timed("breakdown", "DiT-S/2", "ditfast", 7.0))]}, "rows[0].extra of suite breakdown lacks classes"),
+    ({"rows": [asdict(timed("breakdown", "DiT-S/2", "ditfast", 7.0))]}, "rows[0].extra of suite breakdown lacks cl"),
     ({"rows": [asdict(timed("scale", "DiT-S/2", "ditfast", 7.0, ranks=1))]}, "scale lacks images_per_s, efficiency"),
 ])  # fmt: skip
 def test_damaged_results_are_refused_by_name(change, message, tmp_path, capsys):
