@@ -13,7 +13,7 @@ from bench import limits
 from bench.contest import Settings
 from bench.machine import machine
 from bench.rows import resume
-from bench.runner import failures, run, table
+from bench.runner import NoSuchJob, failures, run, table
 from bench.suites import SUITES, Options, scale_of
 
 # Sub-command -> the module whose main(arguments) does it and returns the exit status.
@@ -25,7 +25,9 @@ COMMANDS: dict[str, str] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a suite or a tool; a suite's status is 1 where ditfast failed parity or raised, and 0 without a GPU."""
+    """Runs a suite or a tool; a suite's status is 1 where ditfast failed parity or raised, 2 for what it was given, 5,
+    as pytest's, where no job is of the name asked for, and 0 without a GPU.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if argv and argv[0] in COMMANDS:
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return suite(options)
     except ValueError as error:
         print(error, file=sys.stderr)
-        return 2
+        return 5 if isinstance(error, NoSuchJob) else 2
 
 
 def suite(options: argparse.Namespace) -> int:

@@ -13,6 +13,10 @@ from bench.suites import Piece
 log = logging.getLogger("bench")
 
 
+class NoSuchJob(ValueError):
+    """No job of a suite is of the name that was asked for."""
+
+
 def run(
     pieces: Iterable[Piece],
     results: Results,
@@ -30,13 +34,13 @@ def run(
     retry  whether pieces with rows of what could not run here are measured too; those that raised always are, last
     path   where the results are saved after every piece
     A piece that raises is a row that says so. None is begun that would not end in time if it took as long as the
-    longest so far. ValueError where there is no job of that name.
+    longest so far. NoSuchJob where there is none of that name.
     """
     deadline, longest, left = clock() + seconds, 0.0, 0
     pieces = list(pieces)
     asked = [piece for piece in pieces if re.search(only, " ".join(piece.job))]
     if pieces and not asked:
-        raise ValueError(f"--only {only}: no job is of that name; there are {', '.join(_names(pieces))}")
+        raise NoSuchJob(f"--only {only}: no job is of that name; there are {', '.join(_names(pieces))}")
     again = {"failed", "absent", "refused"} if retry else {"failed"}
     undone = [piece for piece in asked if any(row.extra.keys() & again for row in results.of(piece.job))]
     for piece in [*(piece for piece in asked if not results.of(piece.job)), *undone]:

@@ -271,9 +271,10 @@ def _changed(section: Any) -> list[tuple[str, Any]]:
 
 
 def nearest(word: str, known: Any) -> str:
-    """' Did you mean ...?' for the known word nearest to a mistyped one, or nothing."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f". Did you mean {matches[0]!r}?" if matches else ""
+    """' Did you mean ...?' for the known word nearest to a mistyped one, in whatever case, or nothing."""
+    spelled = {each.lower(): each for each in known}
+    matches = difflib.get_close_matches(word.lower(), spelled, n=1, cutoff=0.5)
+    return f". Did you mean {spelled[matches[0]]!r}?" if matches else ""
 
 
 def preset(name: str) -> dict[str, Any]:

@@ -89,7 +89,12 @@ def find_gpu(name: str) -> Gpu | None:
     """The datasheet entry of a device name ("NVIDIA H100 80GB HBM3") or of a short one ("h100"), None for others."""
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
     found = [gpu for gpu in GPUS if words | {"rtx"} >= set(gpu.words.split())]
-    return max(found, key=lambda gpu: len(gpu.words.split())) if found and not words & OTHER_CHIPS else None
+    if not found or words & OTHER_CHIPS:
+        return None
+    entry = max(found, key=lambda gpu: len(gpu.words.split()))
+    # A size in the name is of its memory, but for that of Grace beside a Hopper.
+    sizes = {word for word in words if re.fullmatch(r"\d+gb", word)} - {"480gb"}
+    return entry if sizes <= {f"{entry.memory:g}gb"} else None
 
 
 def gpu(name: str) -> Gpu:

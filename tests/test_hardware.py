@@ -39,6 +39,7 @@ def test_a_gpu_is_found_by_its_drivers_name_and_by_a_short_one(name, entry):
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
         "RTX 4090 D",
+        "NVIDIA A100-SXM-64GB",
         "cpu",
     ),
 )

@@ -90,6 +90,8 @@ def _job(options: argparse.Namespace) -> tuple[Job, str, str]:
             model = build_model(config.model)
     else:
         model, name = published_model(options.model, options.image_size), options.model
+        if options.image_size is not None:
+            name = f"{name.partition('@')[0]}@{options.image_size}".removesuffix("@256")
     batch = batch if options.batch_size is None else options.batch_size
     precision = checked_precision(options.precision or precision)
     return Job(model, PRECISIONS[precision], batch, accumulate, emas), name, precision

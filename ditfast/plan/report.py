@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,24 @@ from ditfast.files import replacing
 from ditfast.hardware import rate_name
 from ditfast.layers import training_flops
 from ditfast.plan.layout import FACTORS as LAYOUT_FACTORS
-from ditfast.plan.layout import Candidate, Cluster, Job, choose, layouts, weigh
+from ditfast.plan.layout import Candidate, Cluster, Job, Layout, choose, layouts, weigh
 from ditfast.plan.memory import POLICIES
 from ditfast.plan.step import FACTORS as STEP_FACTORS
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All layouts weighed; `proposed` is the one to take, `today` the best that ditfast can run, None: none fits."""
+    """All layouts weighed; `proposed` is the one to take, `today` the best that ditfast can run, None: none fits.
+
+    policies: those that were allowed.
+    """
 
     job: Job
     cluster: Cluster
     candidates: list[Candidate]
     proposed: Candidate | None
     today: Candidate | None
+    policies: tuple[str, ...] = POLICIES
 
     def images_per_s(self, candidate: Candidate) -> float:
         assert candidate.time is not None
@@ -60,7 +64,32 @@ def make_plan(job: Job, cluster: Cluster, policy: str | None = None) -> Plan:
     policies = POLICIES if policy is None else (policy,)
     candidates = [weigh(job, cluster, layout, policies) for layout in layouts(cluster)]
     running = [each for each in candidates if each.layout.runs]
-    return Plan(job, cluster, candidates, choose(job, candidates), choose(job, running))
+    return Plan(job, cluster, candidates, choose(job, candidates), choose(job, running), policies)
+
+
+def remedies(plan: Plan) -> list[str]:
+    """Options under each of which plain data parallelism fits: a policy, and of some nearby batches and numbers of
+    GPUs the nearest.
+    """
+    job, cluster = plan.job, plan.cluster
+    unit = cluster.gpus * job.accumulate
+    chunks = job.batch_size // unit
+    batches = {unit * n for n in (chunks + 1, *(chunks >> i for i in range(chunks.bit_length())))}
+    most = 1024 * cluster.gpus if cluster.between_nodes else cluster.per_node
+    counts = {n for i in range(1, 11) for n in (cluster.gpus << i, cluster.gpus >> i) if 0 < n <= most}
+    counts = {n for n in counts if n <= cluster.per_node or n % cluster.per_node == 0}
+    anyhow = weigh(job, cluster, Layout(cluster.gpus))
+    found = [f"--policy {anyhow.policy}"] if anyhow.fits else []
+    for trials in (
+        [(f"--batch-size {n}", replace(job, batch_size=n), cluster) for n in _by_ratio(batches, job.batch_size)],
+        [(f"--gpus {n}", job, replace(cluster, gpus=n)) for n in _by_ratio(counts, cluster.gpus)],
+    ):
+        found += next(([o] for o, j, c in trials if weigh(j, c, Layout(c.gpus), plan.policies).fits), [])
+    return found
+
+
+def _by_ratio(counts: set[int], wanted: int) -> list[int]:
+    return sorted(counts, key=lambda n: max(n, wanted) / min(n, wanted))
 
 
 def print_plan(plan: Plan, name: str, precision: str) -> None:
@@ -91,22 +120,27 @@ def print_plan(plan: Plan, name: str, precision: str) -> None:
             continue
         mfu = plan.mfu(each)
         table.add_row(
-            str(each.layout), in_ditfast, each.policy, f"{each.memory.total / 1e9:.1f}", f"{each.time.total:.1f}",
-            f"{each.time.communication:.1f}", _rate(plan.images_per_s(each)),
+            str(each.layout), in_ditfast, each.policy, _tenths(each.memory.total / 1e9), _tenths(each.time.total),
+            _tenths(each.time.communication), _rate(plan.images_per_s(each)),
             "" if mfu is None else f"{mfu:.1%}", plan.verdict(each),
         )  # fmt: skip
     console.print(table)
     for title, candidate in {"proposed": plan.proposed, "runs today": plan.today}.items():
         if candidate is None:
             reason = plan.candidates[0].why
-            console.print(f"{title}: no layout ({reason}); change the GPUs, the batch or the policy")
+            fitting = " or ".join(remedies(plan)) or "none that is near: take another GPU or model"
+            console.print(f"{title}: no layout ({reason}); what fits: {fitting}")
         elif title == "proposed" or candidate is not plan.proposed:
             _print_parts(console, plan, title, candidate)
     console.print(_basis(plan))
 
 
 def _rate(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value < 0.1 else f"{value:.1f}"
+
+
+def _tenths(value: float) -> str:
+    return f"{value:.1f}" if value < 1e9 else f"{value:.3g}"
 
 
 def _print_parts(console: Console, plan: Plan, title: str, candidate: Candidate) -> None:
@@ -119,11 +153,11 @@ def _print_parts(console: Console, plan: Plan, title: str, candidate: Candidate)
         ("memory", "GB", {name: size / 1e9 for name, size in asdict(memory).items()}),
     ):
         table = Table(label, *parts, "all")
-        table.add_row(unit, *(f"{value:.1f}" for value in parts.values()), f"{sum(parts.values()):.1f}")
+        table.add_row(unit, *(_tenths(value) for value in parts.values()), _tenths(sum(parts.values())))
         console.print(table)
     console.print(
         f"each GPU sends {candidate.communicated / 1e9:.2f} GB a step, for {candidate.hidden:.1f} ms beside other work "
-        f"and {time.communication:.1f} ms that nothing hides"
+        f"and {_tenths(time.communication)} ms that nothing hides"
     )
 
 

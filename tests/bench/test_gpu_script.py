@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import chip
+from bench.suites import SUITES
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +24,7 @@ case "$*" in
     echo "ran $*; found $(ls "${PYTHONPATH%%:*}" 2>/dev/null)"
     for last; do [ "${before:-}" = --json ] && echo "{}" >"$last"; before=$last; done
     case "$*" in
-    *"$BREAKS"*) exit 3 ;;
+    *"$BREAKS"*) exit ${CODE:-3} ;;
     *"bench report"*) mkdir -p runs/report && echo page | tee runs/report/report.html >runs/report/ops.png ;;
     *"bench.trace --out"*) echo trace >runs/profile/a.trace.json.gz; truncate -s 17M runs/profile/huge.txt ;;
     esac ;;
@@ -125,12 +126,24 @@ def test_bench_runs_every_suite_in_its_share_and_then_the_report(machine):
     assert all(share > 100 for share in shares) and max(shares) < 530
 
 
+def test_every_suite_has_a_part_that_runs_it(machine):
+    """The breakdown's is `profile`."""
+    ran = {name for part in ("bench", "tables") for name in table(machine(part))}
+    assert ran == {*SUITES, "report"} - {"breakdown"}
+
+
 @pytest.mark.parametrize("broken", ["bench ops", "bench memory"])
 def test_bench_goes_on_past_a_suite_that_fails(machine, broken):
     done = machine("bench", BREAKS=broken)
     assert done.returncode == 3
     ended = table(done)
     assert ended.pop(broken.split()[1]) == "failed, status 3" and set(ended.values()) == {"ok"} and len(ended) == 4
+
+
+def test_a_suite_without_a_job_of_the_name_asked_for_is_no_failure_and_no_test_is_one(machine):
+    done = machine("bench", "--only", "gelu", BREAKS="bench memory", CODE="5")
+    assert done.returncode == 0 and table(done)["memory"] == "no job of that name"
+    assert machine("test", "-k", "nothing", BREAKS="bench.chip", CODE="5").returncode == 5
 
 
 def test_a_piece_that_hangs_is_stopped_at_its_share(machine):

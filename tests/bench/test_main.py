@@ -96,7 +96,7 @@ def test_an_option_that_cannot_be_is_refused(option, message, capsys):
 
 
 def test_a_job_that_is_not_there_is_refused(run, capsys):
-    assert bench.main(["ops", "--small", "--device", "cpu", "--only", "nosuch"]) == 2
+    assert bench.main(["ops", "--small", "--device", "cpu", "--only", "nosuch"]) == 5
     assert "--only nosuch: no job is of that name; there are adaln_modulate fwd" in capsys.readouterr().err
 
 
@@ -145,3 +145,12 @@ def test_pytest_benchmark_has_the_percentiles_of_a_larger_job(under_pytest, tmp_
     own = next(row for row in one["extra_info"]["rows"] if row["provider"] == "ditfast")
     found = [1e3 * one["stats"][key] for key in ("min", "median", "max")]
     assert found == pytest.approx([own["ms_p20"], own["ms"], own["ms_p80"]])
+
+
+@pytest.mark.full
+def test_pytest_benchmark_keeps_rows_without_a_time(under_pytest, tmp_path):
+    saved = tmp_path / "now.json"
+    under_pytest("--suite", "memory", "-k", "none", f"--benchmark-json={saved}")
+    found = json.loads(saved.read_text())["benchmarks"]
+    rows = [row for one in found for row in one["extra_info"]["rows"]]
+    assert rows and all(row["extra"]["bytes_per_token_layer"] > 0 for row in rows)

@@ -53,6 +53,35 @@ def test_where_nothing_fits_the_status_is_1(capsys):
     assert "proposed: no layout (needs 76.3 GB of 24)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("options, fits", [
+    (("--gpus=512", "--batch-size=100"), "--batch-size 512 or --gpus 4"),
+    (("--batch-size=300", "--policy=none"), "--policy ops or --batch-size 150 or --gpus 2"),
+    (("--gpus=8", "--batch-size=58"), "--batch-size 56 or --gpus 2"),
+])  # fmt: skip
+def test_where_nothing_fits_it_says_what_is_near_and_does(options, fits, capsys):
+    common = ("--model=DiT-XL/2", "--gpu=h100", "--precision=bf16-fast")
+    plan(*common, *options)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("runs today: no layout"))
+    assert line.endswith(f"what fits: {fits}")
+    for option in fits.split(" or "):
+        name, value = option.split()
+        kept = [each for each in options if not each.startswith(name)]
+        assert plan(*common, *kept, f"{name}={value}") == 0 and "runs today: no" not in capsys.readouterr().out
+
+
+def test_the_title_has_the_size_that_is_planned(capsys):
+    for options, title in ((["--model=DiT-S/2@512", "--image-size=256"], "DiT-S/2, 256 tokens"),
+                           (["--model=DiT-S/2", "--image-size=1024"], "DiT-S/2@1024, 4096 tokens"),
+                           (["--model=DiT-S/2@512"], "DiT-S/2@512, 1024 tokens")):  # fmt: skip
+        assert plan(*options, "--gpu=h100") == 0
+        assert capsys.readouterr().out.startswith(title)
+
+
+def test_a_number_too_long_for_a_table_has_an_exponent(capsys):
+    plan("--model=DiT-S/2", "--gpu=h100", "--gpus=16", "--network=1e-30")
+    assert max(len(digits) for digits in re.findall(r"\d+", capsys.readouterr().out)) < 12
+
+
 def test_json_has_all_of_it(tmp_path):
     path = tmp_path / "plan.json"
     assert plan("--model=DiT-S/2", "--nodes=2", "--gpus-per-node=4", "--gpu=a100", f"--json={path}") == 0
@@ -122,6 +151,7 @@ def test_the_gpu_here_is_the_default(monkeypatch, capsys):
 
 @pytest.mark.parametrize("options, message", [
     ([], "what to plan for"), (["--model=DiT-XL2"], "unknown model 'DiT-XL2'. Did you mean 'DiT-XL/2'?"),
+    (["--model=dit-xl/2"], "unknown model 'dit-xl/2'. Did you mean 'DiT-XL/2'?"),
     (["--model=DiT-S/2", "--gpu=h1000"], "GPU 'h1000'. Did you mean 'h100'?"),
     (["--model=DiT-S/2", "--policy=blok"], "recompute must be one of none, ops, mlp, block"),
     (["--model=DiT-S/2", "--precision=bf17"], "precision must be one of"),
