@@ -126,9 +126,8 @@ class Steps:
 
     def judge(self, training: Trainer | Baseline) -> str | None:
         """`check` of whose step it is: its losses and gradients, then weights, EMA and moments after an update."""
-        own = isinstance(training, Trainer)
-        found = gradients(training, self.batch) if own else training.gradients(self.batch)
-        step: Callable[..., object] = training.learn if own else training
+        step: Callable[..., object] = training if isinstance(training, Baseline) else training.learn
+        found = training.gradients(self.batch) if isinstance(training, Baseline) else gradients(training, self.batch)
         return self.truth().judge(found) or self.update().judge(training, partial(step, *self.batch))
 
     def forget(self) -> None:
