@@ -103,7 +103,7 @@ class Feeds:
         self.waits[provider].append(trainer.meter.read(self.job.batch, 0, None)["data_wait"])
 
     def check(self, provider: str) -> str | None:
-        """None where a batch is of whole files with their labels, and the step that all feed is right, else the error."""
+        """None where the step that all feed is right, and a batch is of files with their labels; else what is not."""
         if wrong := self.judged():
             return wrong
         known = {x.numpy().tobytes(): label for x, label in map(self.folder.__getitem__, range(len(self.folder)))}
