@@ -14,6 +14,7 @@ from bench.contest import Settings
 from bench.machine import machine
 from bench.rows import resume
 from bench.runner import NoSuchJob, failures, run, table
+from bench.stopping import terminated_as_interrupted
 from bench.suites import SUITES, Options, scale_of
 
 # Sub-command -> the module whose main(arguments) does it and returns the exit status.
@@ -26,9 +27,18 @@ COMMANDS: dict[str, str] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a suite or a tool; a suite's status is 1 where ditfast failed parity or raised, 2 for what it was given, 5,
-    as pytest's, where no job is of the name asked for, and 0 without a GPU.
+    as pytest's, where no job is of the name asked for, and 0 without a GPU. After Ctrl-C or SIGTERM it is 130.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with terminated_as_interrupted():
+            return _main(argv)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if argv and argv[0] in COMMANDS:
         return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])

@@ -131,6 +131,15 @@ class Baseline:
             torch._foreach_copy_(list(self.parameters.values()), masters)
             self.model.zero_grad()
 
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """After a step: the fp32 weights, their EMA and AdamW's moments, by kind and parameter."""
+        weights = {name: master.detach() for name, master in self.masters.items()}
+        moments = {
+            kind: {name: self.optimizer.state[master][kind] for name, master in self.masters.items()}
+            for kind in ("exp_avg", "exp_avg_sq")
+        }
+        return {"weights": weights, "EMA": self.ema, **moments}
+
     def gradients(self, batch: Sequence[Tensor], rows: int | None = None) -> dict[str, Tensor]:
         """The gradients of the batch by ditfast's names, and "losses" (B,); nothing is updated.
 

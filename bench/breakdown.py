@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.contest import Settings
+from bench.contest import Settings, admit
 from bench.rows import DITFAST, EAGER, Job, Row
 from bench.suites import Options
 from bench.suites.model import JOBS, Steps
@@ -119,21 +119,25 @@ class Breakdown:
         """A row for each provider, with the milliseconds by class; ditfast's also with what the limits allow."""
         world = World(0, 1, self.device)
         model = model_config(self.model, self.pixels)
+        suite, name, dtype, shape = self.job
         with trainer_for(model, self.batch, self.precision, world, images=self.batch) as trainer:
             steps = Steps(trainer, random_batch(model, self.batch, self.device))
-            taken = self._profile(trainer, steps, settings)
+            reasons = {provider: why for provider in (DITFAST, EAGER) if (why := admit(steps.check, provider))}
+            steps.forget()
+            taken = self._profile(trainer, steps, settings, [p for p in (DITFAST, EAGER) if p not in reasons])
             least = least_ms(trainer, settings.limits)
-        rows = []
+        rows = [Row(suite, name, provider, dtype, shape, extra=why) for provider, why in reasons.items()]
         for provider, samples in taken.items():
             whole = Timing(tuple(sum(spent.values()) for spent in samples))
             classes = {kind: Timing(tuple(spent.get(kind, 0.0) for spent in samples)).ms for kind in CLASSES}
             extra = {"batch": self.batch, "classes": classes, "samples": len(samples)}
             extra |= {"least_ms": least} if provider == DITFAST else {}
-            suite, name, dtype, shape = self.job
             rows.append(Row(suite, name, provider, dtype, shape, whole.ms, whole.p20, whole.p80, extra=extra))
         return rows
 
-    def _profile(self, trainer: Trainer, steps: Steps, settings: Settings) -> dict[str, list[dict[str, float]]]:
+    def _profile(
+        self, trainer: Trainer, steps: Steps, settings: Settings, providers: Sequence[str]
+    ) -> dict[str, list[dict[str, float]]]:
         """Samples of each provider, taken in turns after a step that warms up."""
 
         def run(provider: str) -> None:
@@ -143,7 +147,7 @@ class Breakdown:
                 t, weights, noise, drop = trainer._draw(x.shape[1:])
             steps.step(provider)(x, y, t, weights, noise, drop)
 
-        taken: dict[str, list[dict[str, float]]] = {DITFAST: [], EAGER: []}
+        taken: dict[str, list[dict[str, float]]] = {provider: [] for provider in providers}
         for provider in taken:
             run(provider)
         deadline = time.monotonic() + 2 * settings.seconds
@@ -183,11 +187,12 @@ def contests(options: Options) -> Iterator[Breakdown]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Milliseconds by class, a column for each job and provider."""
+    """Milliseconds by class, a column for each job and provider; then who was not measured, and why."""
+    refused = [f"{row.name} {row.dtype} {row.provider} {row.why_not}" for row in rows if row.ms is None]
     rows = [row for row in rows if row.ms is not None]
     lines = [f"{'ms':22}" + "".join(f"  {row.name + ' ' + row.dtype + ' ' + row.provider:>26}" for row in rows)]
     for kind in CLASSES:
         shares = (row.extra["classes"][kind] / (row.ms or 1) for row in rows)
         cells = (f"{row.extra['classes'][kind]:.1f} ({share:.0%})" for row, share in zip(rows, shares, strict=True))
         lines.append(f"{kind:22}" + "".join(f"  {cell:>26}" for cell in cells))
-    return "\n".join(lines)
+    return "\n".join(lines + refused)

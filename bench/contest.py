@@ -86,13 +86,7 @@ class Contest:
 
     def admit(self, provider: str) -> dict[str, str] | None:
         """None for a provider that does the job, else {"absent" or "refused" or "failed": why}."""
-        try:
-            wrong = self.check(provider)
-        except (PeerError, BackendError) as error:
-            return {"absent": str(error)}
-        except Exception as error:
-            return {"failed": told(error)}
-        return {"refused": wrong} if wrong else None
+        return admit(self.check, provider)
 
     def row(self, provider: str, timing: Timing, peak: int | None, baseline: Timing | None, settings: Settings) -> Row:
         """The row of a provider that was timed."""
@@ -106,6 +100,17 @@ class Contest:
             peak_bytes=peak,
             extra={**work, **self.extra, "samples": len(timing.samples), **self.details(provider, timing)},
         )
+
+
+def admit(check: Callable[[str], str | None], provider: str) -> dict[str, str] | None:
+    """`Contest.admit` by such a `check`."""
+    try:
+        wrong = check(provider)
+    except (PeerError, BackendError) as error:
+        return {"absent": str(error)}
+    except Exception as error:
+        return {"failed": told(error)}
+    return {"refused": wrong} if wrong else None
 
 
 def least_ms(bytes: int | None, flops: int | None, dtype: str, settings: Settings) -> float | None:

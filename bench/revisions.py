@@ -1,7 +1,6 @@
 """Measures a commit and the working tree in turns, each in processes of its own, by the same bench code."""
 
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from bench.compare import pooled
 from bench.rows import Results
+from bench.stopping import terminated_as_interrupted
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,7 +30,7 @@ def measure_in_turns(
     if rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {rounds}")
     with (
-        _terminated_as_interrupted(),
+        terminated_as_interrupted(),
         tempfile.TemporaryDirectory(prefix="ditfast-bench-") as folder,
         worktree(rev, Path(folder) / "base", root) as (base, commit),
     ):
@@ -74,13 +74,3 @@ def worktree(rev: str, path: Path, root: Path = ROOT) -> Iterator[tuple[Path, st
 
 def _git(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt as Ctrl-C does, so that the worktree goes in either case."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from bench.contest import Contest, Settings
 from bench.rows import DITFAST, Job, Row
 from bench.suites import Options
+from bench.suites.model import Steps
 from bench.timing import Prepared, Timing
-from bench.training import label, model_config, trainer_for
+from bench.training import label, model_config, random_batch, trainer_for
 from ditfast.data import FeatureFolder, Loader
 from ditfast.distributed import World
 from ditfast.train import Trainer
@@ -82,7 +83,7 @@ class Feeds:
         assert isinstance(trainer.dataset, FeatureFolder)
         self.folder = trainer.dataset
         self.waits: dict[str, list[float]] = {name: [] for name in (DITFAST, NO_WORKERS, FAST_DIT, RESIDENT)}
-        self.loader, self.made = cache(self._loader), list[Any]()
+        self.loader, self.made, self.judged = cache(self._loader), list[Any](), cache(self._judged)
 
     def drain(self, provider: str) -> str:
         """Empties what workers have read ahead while others were timed; the provider."""
@@ -102,13 +103,22 @@ class Feeds:
         self.waits[provider].append(trainer.meter.read(self.job.batch, 0, None)["data_wait"])
 
     def check(self, provider: str) -> str | None:
-        """None where a batch is of whole files with their labels, else what is wrong."""
+        """None where the step that all feed is right, and a batch is of files with their labels; else what is not."""
+        if wrong := self.judged():
+            return wrong
         known = {x.numpy().tobytes(): label for x, label in map(self.folder.__getitem__, range(len(self.folder)))}
         x, y = next(self.loader(provider))
         if len(x) != self.job.batch:
             return f"a batch has {len(x)} images, not {self.job.batch}"
         found = [known.get(image.numpy().tobytes()) for image in x.cpu()]
         return None if found == y.tolist() else f"labels are {y.tolist()}, the files have {found}"
+
+    def _judged(self) -> str | None:
+        steps = Steps(self.trainer, random_batch(self.trainer.config.model, self.job.batch, self.job.device))
+        try:
+            return steps.check(DITFAST)
+        finally:
+            steps.forget()
 
     def close(self) -> None:
         """Ends the workers: ditfast's ignore signals, so that an end of the process would wait for them."""

@@ -10,14 +10,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from bench.baselines import FLOAT64
 from bench.contest import Settings
+from bench.exactness import Truth
 from bench.oracles import Recipe, build_reference
 from bench.rows import DITFAST, EAGER, Job, Row
 from bench.storages import Storages
 from bench.suites import Options
 from bench.training import fill_zeros, label, model_config, random_batch
 from ditfast.build import build_model, predictor
-from ditfast.config import PRECISIONS, ModelConfig
+from ditfast.config import PRECISIONS, ModelConfig, Precision
 from ditfast.kernels import backend_of
 from ditfast.layers import activation_bytes
 from ditfast.plan import POLICIES
@@ -62,16 +64,21 @@ class MemoryJob:
             "error_percent": 100 * (per_token / measured - 1),
             "allocated_per_token_layer": allocated,
         }
-        rows = [self._row(DITFAST, figures)]
+        rows = [self._row(DITFAST, figures, self._ours)]
         if self.recompute in PEERS:
             provider, recipe = PEERS[self.recompute]
-            measured, allocated = self._measured(lambda config: self._reference(config, recipe))
+
+            def build(config: ModelConfig) -> nn.Module:
+                return self._reference(config, recipe)
+
+            measured, allocated = self._measured(build)
             figures = {"bytes_per_token_layer": measured, "allocated_per_token_layer": allocated}
-            rows.append(self._row(provider, figures))
+            rows.append(self._row(provider, figures, build))
         return rows
 
-    def _row(self, provider: str, figures: dict[str, float | None]) -> Row:
-        extra = {"policy": self.recompute, "precision": self.precision, **figures}
+    def _row(self, provider: str, figures: dict[str, float | None], build: Callable[[ModelConfig], nn.Module]) -> Row:
+        wrong = self._wrong(build)
+        extra = {"policy": self.recompute, "precision": self.precision, **({"refused": wrong} if wrong else figures)}
         return Row(*self.job[:2], provider, *self.job[2:], extra=extra)
 
     def _per_token(self, bytes_of_depths: Sequence[float]) -> float:
@@ -95,7 +102,8 @@ class MemoryJob:
         return self._per_token(alive_bytes), self._per_token(held_bytes) if on_gpu else None
 
     def _ours(self, config: ModelConfig) -> nn.Module:
-        with self.device:
+        with self.device, torch.random.fork_rng():
+            torch.manual_seed(0)  # the same weights for all
             model = build_model(config)
         fill_zeros(model.parameters())
         model = PRECISIONS[self.precision].apply(model)
@@ -105,6 +113,19 @@ class MemoryJob:
     def _reference(self, config: ModelConfig, recipe: Recipe) -> nn.Module:
         weights = {name: p.detach() for name, p in self._ours(config).named_parameters() if p.requires_grad}
         return build_reference(config, weights, recipe).to(PRECISIONS[self.precision].params)
+
+    def _wrong(self, build: Callable[[ModelConfig], nn.Module]) -> str | None:
+        """None where a model's outputs are within the budgets of exactness.py, else what is wrong with them."""
+        config, own = replace(model_config(self.model, self.pixels), depth=DEPTHS[0]), PRECISIONS[self.precision]
+        x, y, t, *_ = random_batch(config, 1, self.device)
+
+        @torch.no_grad()
+        def outputs(model: nn.Module, precision: Precision) -> dict[str, Tensor]:
+            with precision.autocast(self.device):
+                return {"outputs": model.eval()(x.to(precision.params), t, y)}
+
+        oracles = ((self._reference(config, Recipe()).to(precision.params), precision) for precision in (FLOAT64, own))
+        return Truth(*(outputs(*oracle) for oracle in oracles)).judge(outputs(build(config), own))
 
     def _kept(self, model: nn.Module, batch: int) -> tuple[int, int]:
         """Bytes behind a forward: storages alive, and what the allocator holds more than before (0 on a CPU)."""

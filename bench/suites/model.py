@@ -22,6 +22,7 @@ from bench.rows import COMPILE, DITFAST, EAGER, Job, Row
 from bench.suites import Options
 from bench.timing import Timing
 from bench.training import label, random_batch, run_config, trainer_for
+from bench.update import Update
 from ditfast.config import ConfigError, Precision, TrainConfig
 from ditfast.cuda_graph import WARMUP, CudaGraph, check_cuda_graph
 from ditfast.distributed import World
@@ -102,10 +103,11 @@ class Steps:
     def __init__(self, trainer: Trainer, batch: tuple[Tensor, ...]):
         self.trainer, self.batch = trainer, batch
         self.peer, self.truth, self.graph = cache(self._peer), cache(self._truth), cache(self._graph)
+        self.update = cache(self._update)
 
     def run(self, provider: str) -> None:
         """A whole step, to its end on the device; who runs was judged, so the oracle's gradients go."""
-        self.truth.cache_clear()
+        self.forget()
         self.step(provider)(*self.batch)
         if self.trainer.device.type == "cuda":
             torch.cuda.synchronize(self.trainer.device)
@@ -121,26 +123,29 @@ class Steps:
         return self.trainer if provider in (DITFAST, GRAPH) else self.peer(provider)
 
     def check(self, provider: str) -> str | None:
-        """None where a provider's losses and gradients are within the budgets of exactness.py, else what is not."""
-        if provider == GRAPH:
-            return self._check_replay()
-        if provider == DITFAST:
-            return self.truth().judge(gradients(self.trainer, self.batch))
-        return self.truth().judge(self.peer(provider).gradients(self.batch))
+        """None where a provider's step is within the budgets of exactness.py, else what is not."""
+        return self._check_replay() if provider == GRAPH else self.judge(self.training(provider))
+
+    def judge(self, training: Trainer | Baseline) -> str | None:
+        """`check` of whose step it is: its losses and gradients, then weights, EMA and moments after an update."""
+        step: Callable[..., object] = training if isinstance(training, Baseline) else training.learn
+        found = training.gradients(self.batch) if isinstance(training, Baseline) else gradients(training, self.batch)
+        return self.truth().judge(found) or self.update().judge(training, partial(step, *self.batch))
+
+    def forget(self) -> None:
+        """Lets go of the oracle's gradients, which are large."""
+        self.truth.cache_clear()
+        self.update.cache_clear()
 
     def _check_replay(self) -> str | None:
-        """A replay's gradients are out of reach: its losses and the gradients' norm are those of a step.
-
-        They are so to a thousandth, as the backward of some libraries' attention adds in no fixed order.
-        """
+        """A replay's gradients are out of reach, but not the moments after it; it was recorded with other inputs."""
+        x, *others = self.batch
         for _ in range(WARMUP + 1):
-            self.graph()(*self.batch)
-        other = [v.flip(0) for v in self.batch]
-        (terms, norm, _), (replayed, replayed_norm, _) = self.trainer.learn(*other), self.graph()(*other)
-        same = torch.allclose(terms["loss"], replayed["loss"], rtol=1e-3) and torch.allclose(norm, replayed_norm, 1e-3)
-        if same:
-            return None
-        return f"a replay has a gradient norm of {replayed_norm.item()}, the step itself of {norm.item()}"
+            self.graph()(x + 1, *others)
+        terms, _, _ = self.graph()(*self.batch)
+        exact, eager = ({"losses": found["losses"]} for found in (self.truth().exact, self.truth().eager))
+        wrong = Truth(exact, eager).judge({"losses": terms["loss"]})
+        return wrong or self.update().judge(self.trainer, partial(self.graph(), *self.batch))
 
     def _graph(self) -> CudaGraph:
         device = self.trainer.device
@@ -162,6 +167,10 @@ class Steps:
         exact = self._baseline(ORACLE, FLOAT64).gradients([_doubled(v) for v in self.batch], CHUNK)
         eager = self._baseline(ORACLE, self.trainer.config.precision).gradients(self.batch, CHUNK)
         return Truth(exact, eager)
+
+    def _update(self) -> Update:
+        weights = {name: w.clone() for name, w in self.trainer.optimizer.state_tensors()["model"].items()}
+        return Update(weights, self.truth(), self.trainer.config.optim)
 
 
 def gradients(trainer: Trainer, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:

@@ -15,10 +15,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from bench.contest import Settings
 from bench.machine import ROOT
 from bench.rows import DITFAST, Job, Row
 from bench.suites import Options
+from bench.suites.model import Steps
 from bench.timing import Timing
 from bench.training import label, model_config, random_batch, trainer_for
 from ditfast.distributed import World
@@ -36,6 +39,7 @@ from ditfast.train import Trainer
 
 BUCKET = 25 * 2**20  # bytes that DistributedDataParallel reduces at a time
 PATIENCE = 300.0  # seconds for processes to start and train a step, beside those of the measurement
+GRACE = 10.0  # seconds for processes to end
 CHECKED = 2  # images of a rank that parity is shown on
 
 
@@ -93,18 +97,48 @@ class ScalingJob:
             ]
             threads = str(max(1, torch.get_num_threads() // self.ranks))
             path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-            process = subprocess.Popen(
-                command, env=os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": path},
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            )  # fmt: skip
+            environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": path, "TMPDIR": folder}
+            # Its other end closes with this process, however that ends.
+            alive, here = os.pipe()
             try:
-                _, said = process.communicate(timeout=PATIENCE + 10 * settings.seconds)
+                process = subprocess.Popen(
+                    command, env=environment, stdin=alive, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                    text=True, start_new_session=True,
+                )  # fmt: skip
+                try:
+                    _, said = process.communicate(timeout=PATIENCE + 10 * settings.seconds)
+                finally:
+                    os.close(here)
+                    _end(process)
             finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
+                os.close(alive)
             if process.returncode or not out.exists():
                 raise RuntimeError(f"{self.ranks} ranks ended with {process.returncode}: {said[-2000:]}")
             return json.loads(out.read_text())
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ends torchrun, and by it the workers."""
+    if process.poll() is None:
+        process.terminate()
+    try:
+        process.communicate(timeout=GRACE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def _end_with_launcher() -> None:
+    """Ends this worker when the launcher's end of its standard input closes.
+
+    A worker has a session of its own: nobody's Ctrl-C reaches it, and a torchrun that is killed leaves it behind.
+    """
+
+    def wait() -> None:
+        os.read(0, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class Ranks:
@@ -136,18 +170,15 @@ class Ranks:
             self.together.learn(*self.batch)
 
     def wrong(self) -> str | None:
-        """On the first rank: what is wrong with the gradients of all, whose norm is that of the whole batch on one."""
+        """What is wrong with this rank's update together with all, or on the first rank with its step alone.
+
+        Held against the oracle's of all ranks' batches: the moments show whose gradients were in an update.
+        """
         parts = [self._batch(CHECKED, rank) for rank in range(self.world.size)]
-        _, norm, _ = self.together.learn(*parts[self.world.rank])
-        if self.alone is None:
-            return None
-        _, whole, _ = self.alone.learn(*map(torch.cat, zip(*parts, strict=True)))
-        exact = self.together.config.precision.compute is torch.float32
-        if torch.allclose(norm, whole, rtol=1e-4 if exact else 2e-2):
-            return None
-        return (
-            f"gradients of {self.world.size} ranks have the norm {norm.item()}, those of the whole batch {whole.item()}"
-        )
+        steps = Steps(self.together, tuple(map(torch.cat, zip(*parts, strict=True))))
+        part = partial(self.together.learn, *parts[self.world.rank])
+        wrong = steps.update().judge(self.together, part)
+        return wrong or (steps.judge(self.alone) if self.alone else None)
 
     def measure(self, rounds: int, seconds: float) -> dict[str, list[float]]:
         """Milliseconds of every mode, in turns, by this rank's clock."""
@@ -182,6 +213,7 @@ class Ranks:
 
 def worker(argv: Sequence[str]) -> None:
     """A process of a launch."""
+    _end_with_launcher()
     parser = argparse.ArgumentParser(prog="python -m bench.suites.scale")
     for name, kind in (("out", Path), ("model", str), ("pixels", int), ("batch", int), ("precision", str)):
         parser.add_argument(name, type=kind)
@@ -196,6 +228,8 @@ def worker(argv: Sequence[str]) -> None:
         with trainer_for(config, o.batch * world.size, o.precision, world) as together, first as alone:
             ranks = Ranks(world, together, alone, o.batch)
             wrong = ranks.wrong()
+            if world.any(bool(wrong)) and wrong is None:
+                wrong = "the update of another rank is not the oracle's"
             samples = ranks.measure(o.rounds, o.seconds)
         if world.is_main:
             found = {"wrong": wrong, "samples": samples, "gradient_bytes": ranks.gradient_bytes}
@@ -207,6 +241,20 @@ def contests(options: Options) -> Iterator[ScalingJob]:
     model, pixels, batch, precision, ranks = JOBS[options.scale.name]
     for count in ranks:
         yield ScalingJob(model, pixels, batch, precision, count, options.device)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line per job."""
+    lines = [f"{'job':40}{'dtype':8}{'shape':34}{'ms':>10}{'images/s':>10}{'efficiency':>12}{'communication':>15}"]
+    for row in rows:
+        rate, shares = row.extra.get("images_per_s"), [row.extra.get(k) for k in ("efficiency", "communication_share")]
+        cells = "".join(f"{'-' if value is None else f'{value:.4g}':>10}" for value in (row.ms, rate))
+        # Of one rank both would be noise.
+        known = row.extra.get("ranks", 0) > 1
+        for value, width in zip(shares, (12, 15), strict=True):
+            cells += f"{'-' if value is None or not known else f'{value:.0%}':>{width}}"
+        lines.append(f"{row.name:40}{row.dtype:8}{row.shape:34}{cells}  {row.why_not or ''}".rstrip())
+    return "\n".join(lines)
 
 
 # By scale: size, pixels, batch of a rank, precision, numbers of ranks.

@@ -187,9 +187,9 @@ LAUNCHES = {
 }
 
 
-def launches(policy, gated, T):
+def launches(policy, gated, short):
     """LAUNCHES, with what depends on the block and on attention's form."""
-    attention = ["attention_short_bwd"] if T <= 256 else ["attention_dq", "attention_dkdv"]
+    attention = ["attention_short_bwd"] if short else ["attention_dq", "attention_dkdv"]
     parts = {"attention": attention, "gate": [SUM] if gated else []}
     return [[kernel for name in names for kernel in parts.get(name, [name])] for names in LAUNCHES[policy]]
 
@@ -222,4 +222,4 @@ def test_a_block_writes_what_the_tables_list(T, gated, dtype, autocast, policy, 
     for writes, rows in zip((forward, backward), WRITTEN[policy], strict=True):
         assert writes.seen == [(writer, width * D, dtype if stream else compute) for _, writer, width, stream in rows]
     names = [launch.kernel.__name__.strip("_").removesuffix("_kernel") for launch in launched]
-    assert [names[:made], names[made:]] == launches(policy, gated, T)
+    assert [names[:made], names[made:]] == launches(policy, gated, short=T <= 256 and compute.itemsize == 2)

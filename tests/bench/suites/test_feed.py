@@ -11,6 +11,7 @@ from bench.contest import Settings
 from bench.rows import DITFAST
 from bench.suites import SMALL, Options, feed
 from bench.suites.feed import FAST_DIT, NO_WORKERS, RESIDENT, contests
+from ditfast.train import Trainer
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(CPU, rounds=3, seconds=0.05)
@@ -41,3 +42,16 @@ def test_labels_of_other_images_are_refused(monkeypatch):
     monkeypatch.setattr(feed._Files, "__getitem__", lambda self, i: (read(self, i)[0], read(self, i - 1)[1]))
     rows = {row.provider: row for row in replace(JOB, workers=0).measure(SETTINGS)}
     assert "the files have" in rows[FAST_DIT].extra["refused"] and rows[DITFAST].ms
+
+
+def test_a_wrong_step_is_refused_whoever_feeds_it(monkeypatch):
+    update = Trainer._update
+
+    def twice(trainer):
+        for p in trainer.optimizer.parameters.values():
+            p.grad *= 2
+        return update(trainer)
+
+    monkeypatch.setattr(Trainer, "_update", twice)
+    rows = replace(JOB, workers=0).measure(SETTINGS)
+    assert len(rows) == 4 and all("the error of" in row.extra["refused"] for row in rows)

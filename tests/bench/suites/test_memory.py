@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench import baselines
 from bench.contest import Settings
 from bench.rows import DITFAST, EAGER
 from bench.suites import SMALL, Options, memory
@@ -52,3 +53,14 @@ def test_a_wrong_estimate_shows(monkeypatch):
     monkeypatch.setattr(memory, "activation_bytes", lambda *args: 2 * estimate(*args))
     row = MemoryJob("tiny", 64, (1, 3), "bf16-fast", "mlp", CPU).measure(SETTINGS)[0]
     assert row.extra["error_percent"] > 80
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-fast"])
+def test_a_forward_that_computes_something_else_is_refused(precision, monkeypatch):
+    job = MemoryJob("tiny", 64, (1, 3), precision, "none", CPU)
+    assert [row.why_not for row in job.measure(SETTINGS)] == [None, None]
+    forward, factor = baselines._Attention.forward, 1.01 if precision == "fp32" else 100
+    monkeypatch.setattr(baselines._Attention, "forward", lambda self, x: factor * forward(self, x))
+    own, eager = job.measure(SETTINGS)
+    assert own.why_not is None and "the error of outputs" in eager.extra["refused"]
+    assert "bytes_per_token_layer" not in eager.extra

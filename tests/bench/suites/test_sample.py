@@ -1,5 +1,6 @@
 """The suite `sample`: its rows, and samples that are not the reference's are refused."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,8 @@ from bench.contest import Settings
 from bench.rows import COMPILE, DITFAST, EAGER
 from bench.suites import SMALL, Options, sample
 from bench.suites.sample import SamplingJob, contests
+from ditfast import cuda_graph
+from ditfast.cuda_graph import WARMUP
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(CPU, rounds=3, seconds=0.05)
@@ -55,6 +58,30 @@ def test_another_guidance_is_refused(monkeypatch):
     samplers = sample.Samplers(JOB)
     samplers.config = replace(samplers.config, sample=replace(samplers.config.sample, guidance_channels=None))
     assert "the error of samples" in samplers.check(DITFAST)
+
+
+class Stale:
+    """In place of a CUDA graph: after the recording its replays read the inputs of then."""
+
+    def __init__(self, fn, *_, **__):
+        self.fn, self.calls, self.recorded = fn, Counter(), {}
+
+    def __call__(self, *inputs, **form):
+        key = (len(inputs), *form.items())
+        self.calls[key] += 1
+        if self.calls[key] > WARMUP:
+            inputs = self.recorded.setdefault(key, [v.clone() for v in inputs])
+        return self.fn(*inputs, **form)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_replays_that_do_not_read_their_inputs_are_refused(sampler, monkeypatch):
+    monkeypatch.setattr(cuda_graph, "CudaGraph", Stale)
+    monkeypatch.setattr("ditfast.sample.check_cuda_graph", lambda *_, **__: None)
+    samplers = sample.Samplers(replace(JOB, sampler=sampler))
+    options = replace(samplers.config.sample, steps=sample.CHECKED_STEPS, cuda_graph=True)
+    drawn = sample.draw(samplers.network, replace(samplers.config, sample=options), samplers.labels)
+    assert "the error of samples" in (samplers.truth().judge({"samples": drawn}) or "")
 
 
 @pytest.mark.full

@@ -1,0 +1,85 @@
+"""Steps that compute the right gradients and do something else with them are refused before they are timed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.contest import Settings
+from bench.rows import DITFAST, EAGER
+from bench.suites.model import Steps, TrainingJob
+from bench.training import TINY, random_batch, trainer_for
+from ditfast.distributed import World
+from ditfast.train import Trainer
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(CPU, rounds=3, seconds=0.05)
+JOB = TrainingJob("tiny", 64, 2, "fp32", CPU, compile=False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def measured(job: TrainingJob) -> dict:
+    return {row.provider: row for row in job.measure(SETTINGS)}
+
+
+def without_update(trainer):
+    norm = trainer.optimizer.gradient_norm()
+    for p in trainer.optimizer.parameters.values():
+        p.grad = None
+    return norm, torch.zeros(1)
+
+
+def without_average(trainer, update=Trainer._update):
+    averages = next(iter(trainer.optimizer.emas.values()))
+    before = [ema.clone() for ema in averages.values()]
+    result = update(trainer)
+    for ema, value in zip(averages.values(), before, strict=True):
+        ema.copy_(value)
+    return result
+
+
+def without_copies(trainer, update=Trainer._update):
+    parameters = trainer.optimizer.parameters
+    before = [p.detach().clone() for p in parameters.values()]
+    result = update(trainer)
+    for p, value in zip(parameters.values(), before, strict=True):
+        p.data.copy_(value)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("update", "precision", "told"),
+    [
+        (without_update, "fp32", "the error of EMA"),
+        (without_average, "fp32", "the error of EMA"),
+        (without_copies, "bf16-fast", "is not its master, rounded"),
+    ],
+)
+def test_a_step_that_does_not_update_is_refused(update, precision, told, monkeypatch):
+    monkeypatch.setattr(Trainer, "_update", update)
+    rows = measured(replace(JOB, precision=precision))
+    assert told in rows[DITFAST].extra["refused"] and rows[EAGER].ms
+
+
+def test_a_peer_whose_average_stays_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda *_: None)
+    rows = measured(JOB)
+    assert "the error of EMA" in rows[EAGER].extra["refused"] and rows[DITFAST].ms and rows["fast-DiT"].ms
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-fast"])
+def test_a_judged_run_is_as_before(precision):
+    with trainer_for(TINY, 2, precision, World(0, 1, CPU)) as trainer:
+        steps = Steps(trainer, random_batch(TINY, 2, CPU))
+        before = [p.detach().clone() for p in trainer.optimizer.parameters.values()]
+        average = next(iter(trainer.optimizer.emas.values()))
+        assert [steps.check(name) for name in (DITFAST, EAGER, "fast-DiT")] == [None] * 3
+        trainer.learn(*steps.batch)
+        for p, old, (name, master) in zip(
+            trainer.optimizer.parameters.values(), before, trainer.optimizer.masters.items(), strict=True
+        ):
+            assert torch.equal(p, old) and torch.equal(average[name], master), name
