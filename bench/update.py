@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bench.baselines import Baseline
 from bench.exactness import Tensors, Truth
+from bench.oracles import ditfast_names
 from ditfast.config import OptimConfig
 from ditfast.train import Trainer
 
@@ -78,7 +79,10 @@ class Update:
         try:
             with torch.enable_grad():
                 step()
-            state = training.state() if isinstance(training, Baseline) else _state(training)
+            if isinstance(training, Baseline):
+                state = {kind: ditfast_names(training.config, v) for kind, v in training.state().items()}
+            else:
+                state = _state(training)
             found = {f"{kind} of {name}": v for kind, tensors in state.items() for name, v in tensors.items()}
             return self.truth.judge(found) or _stale(holder.parameters, holder.masters)
         finally:
