@@ -53,7 +53,7 @@ def test_the_classes_add_up_to_the_time_and_what_is_no_op_is_other():
 
 
 def test_a_step_is_broken_down_for_both_providers():
-    [job] = breakdown.contests(Options(CPU, SMALL))
+    job, *_ = breakdown.contests(Options(CPU, SMALL))
     limits = Ceilings(20.0, {"fp32": 0.1}, "measured", "a CPU")
     own, eager = job.measure(Settings(CPU, limits, rounds=1, seconds=0.1))
     assert (own.provider, eager.provider) == ("ditfast", "eager") and own.job == eager.job == job.job
@@ -70,14 +70,14 @@ def test_a_step_is_broken_down_for_both_providers():
 
 
 def test_without_a_rate_of_the_dtype_there_are_no_limits():
-    [job] = breakdown.contests(Options(CPU, SMALL))
+    job, *_ = breakdown.contests(Options(CPU, SMALL))
     own, _ = job.measure(Settings(CPU, Ceilings(20.0, {"bf16": 0.1}, "measured", "a CPU"), rounds=1, seconds=0.1))
     assert own.extra["least_ms"] == {}
 
 
 def test_a_wrong_step_is_refused_and_the_other_broken_down(monkeypatch):
     monkeypatch.setattr(torch, "_foreach_lerp_", lambda *_: None)
-    [job] = breakdown.contests(Options(CPU, SMALL))
+    job, *_ = breakdown.contests(Options(CPU, SMALL))
     eager, own = job.measure(Settings(CPU, None, rounds=1, seconds=0.1))
     assert eager.ms is None and "the error of EMA" in eager.extra["refused"]
     assert own.ms and "eager refused: the error of EMA" in breakdown.table([eager, own])

@@ -8,6 +8,7 @@ import torch
 from bench import oracles
 from bench.oracles import Recipe, build_reference, ditfast_names
 from bench.training import TINY, fill_zeros, model_config, random_batch
+from ditfast import reference
 from ditfast.build import build_model
 from ditfast.config import PRECISIONS, ModelConfig
 from ditfast.layers import NormForm
@@ -44,6 +45,7 @@ def test_output_and_gradients_are_those_of_ditfasts_model(name, recipe):
     config = MODELS[name]
     ours, weights = weights_of(config)
     peer = build_reference(config, weights, recipe)
+    peer.t_embedder.__class__ = reference.TimestepEmbedder  # with angles in fp32, as ditfast's and the official ones
     x, y, t, *_ = random_batch(config, 3, CPU)
     inputs = x.double().requires_grad_(), t, y
     outs = [model.double().eval()(*inputs) for model in (ours, peer)]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench import trace
+from ditfast.config import ConfigError
 
 
 def test_a_step_leaves_a_timeline_and_a_table(tmp_path, capsys):
@@ -27,5 +28,5 @@ def test_ncu_sees_one_step_between_the_marks(monkeypatch):
 
 
 def test_an_unknown_model_is_refused():
-    with pytest.raises(KeyError):
+    with pytest.raises(ConfigError, match="DiT-Q/2"):
         trace.main(["--model=DiT-Q/2", "--device=cpu"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import baselines
+from bench import oracles
 from bench.contest import Settings
 from bench.rows import DITFAST, EAGER
 from bench.suites import SMALL, Options, memory
@@ -59,8 +59,8 @@ def test_a_wrong_estimate_shows(monkeypatch):
 def test_a_forward_that_computes_something_else_is_refused(precision, monkeypatch):
     job = MemoryJob("tiny", 64, (1, 3), precision, "none", CPU)
     assert [row.why_not for row in job.measure(SETTINGS)] == [None, None]
-    forward, factor = baselines._Attention.forward, 1.01 if precision == "fp32" else 100
-    monkeypatch.setattr(baselines._Attention, "forward", lambda self, x: factor * forward(self, x))
+    forward, factor = oracles._Attention.forward, 1.01 if precision == "fp32" else 100
+    monkeypatch.setattr(oracles._Attention, "forward", lambda self, x, angles=None: factor * forward(self, x))
     own, eager = job.measure(SETTINGS)
     assert own.why_not is None and "the error of outputs" in eager.extra["refused"]
     assert "bytes_per_token_layer" not in eager.extra
