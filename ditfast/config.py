@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -315,7 +316,10 @@ def parse_config(arguments: list[str], default: str | None = None, **kwargs: Any
 
 
 def config_from(tree: dict[str, Any]) -> RunConfig:
-    """The configuration that a checkpoint holds as JSON. Raises ConfigError where this ditfast knows other options."""
+    """The configuration that a checkpoint holds as JSON; options that it lacks have their defaults.
+
+    Raises ConfigError for options that this ditfast does not know.
+    """
     made = _run_parser(None)
     return _instantiate(made, lambda: made.parse_object(tree), RunConfig)
 
@@ -361,16 +365,9 @@ def _instantiate(made: jsonargparse.ArgumentParser, parse: Callable[[], Any], cl
     return cls(**{f.name: parsed[f.name] for f in dataclasses.fields(cls)})
 
 
-def differences(theirs: dict[str, Any], ours: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """(theirs, ours) of every option that differs, by dotted key; `theirs` is a RunConfig as JSON holds it."""
-
-    def value(tree: Any, key: str) -> Any:
-        for part in key.split("."):
-            tree = tree.get(part) if isinstance(tree, dict) else None
-        return tree
-
-    mine = json.loads(json.dumps(dataclasses.asdict(ours)))
-    pairs = {key: (value(theirs, key), value(mine, key)) for key in keys()}
+def differences(theirs: RunConfig, ours: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """(theirs, ours) of every option that differs, by dotted key."""
+    pairs = {key: (attrgetter(key)(theirs), attrgetter(key)(ours)) for key in keys()}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 

@@ -58,7 +58,7 @@ def peak_memory(device: torch.device) -> int:
 class LossWindow:
     """Sums of the losses since the last reading, in all and by timestep in 0 .. num_timesteps; 1 for real times."""
 
-    TERMS = ("loss", "mse", "vb", "cos")
+    TERMS = ("loss", "mse", "vb", "cos")  # a new one goes last: checkpoints hold the sums in this order
     BINS = 10  # equal slices of the timesteps
 
     def __init__(self, num_timesteps: int, device: torch.device) -> None:
@@ -95,6 +95,11 @@ class LossWindow:
         total = reduce(self.sums.clone())
         self.sums = total if keep else torch.zeros_like(total)
         return total
+
+    def load(self, sums: Tensor) -> None:
+        """Goes on from gathered sums; an older ditfast's have none of the last terms."""
+        known = len(sums) - 2 * self.BINS
+        self.sums[:known], self.sums[-2 * self.BINS :] = sums[:known], sums[known:]
 
 
 def _mean(total: float, count: float) -> float | None:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ditfast import checkpoint, convert, kernels
 from ditfast.build import build_data, build_model, build_process, predictor, resolve_model
-from ditfast.config import ConfigError, RunConfig, differences, save_config
+from ditfast.config import ConfigError, RunConfig, config_from, differences, save_config
 from ditfast.cuda_graph import CudaGraph, check_cuda_graph
 from ditfast.data import Loader
 from ditfast.distributed import World
@@ -290,7 +290,7 @@ class Trainer:
         loaded = checkpoint.load(self.out, self.device)
         changed = {
             key: f"{key}: {theirs} there, {ours} here"
-            for key, (theirs, ours) in differences(loaded.state["config"], self.config).items()
+            for key, (theirs, ours) in differences(config_from(loaded.state["config"]), self.config).items()
             if key.startswith(NUMBERS)
         }
         if others := [text for key, text in changed.items() if key.startswith(IDENTITY)]:
@@ -310,7 +310,7 @@ class Trainer:
             self.scaler.load_state_dict(loaded.state["scaler"])
         self.timesteps.load_state_dict(loaded.tensors["timesteps"])
         if self.world.is_main:
-            self.losses.sums.copy_(loaded.tensors["losses"]["sums"])
+            self.losses.load(loaded.tensors["losses"]["sums"])
         restore_rng(loaded.tensors["rng"], self.device)
         self.step_done = loaded.step
         log.info("resuming %s at step %d", loaded.path, loaded.step)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,30 @@ def test_resuming_under_another_recompute_policy_ends_in_the_same_bits(tiny_run,
             train(broken)
     train(resumed)
     assert contents(resumed.out) == contents(whole.out)
+
+
+def test_a_checkpoint_from_before_process_sit_goes_on_in_the_same_bits(tiny_run, monkeypatch):
+    """It lacks the options that came since, and its window of losses ends with the term "vb"."""
+    common = {"train.steps": STEPS}
+    whole, broken = tiny_run("whole", common), tiny_run("broken", common)
+    train(whole)
+    with monkeypatch.context() as patched:
+        crash_at(patched, 5)
+        with pytest.raises(Crash):
+            train(broken)
+    last = checkpoint.load(broken.out)
+    sums, options = last.tensors["losses"]["sums"], last.state["config"]
+    assert len(sums) == 24 and sums[2] > 0
+    last.tensors["losses"]["sums"] = torch.cat([sums[:3], sums[4:]])
+    for name in ("process", "transport", "tuned"):
+        del options[name]
+    for name in ("mlp", "norm", "qk_norm", "position", "returns_sigma"):
+        del options["model"][name]
+    shutil.rmtree(last.path)
+    checkpoint.save(broken.out, last.step, last.tensors, last.state)
+    train(broken)
+    assert contents(broken.out) == contents(whole.out)
+    assert records(broken.out) == records(whole.out)
 
 
 def test_what_is_compared_is_all_there(tiny_run):

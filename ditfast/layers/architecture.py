@@ -31,6 +31,8 @@ class NormForm:
     def __post_init__(self) -> None:
         if self.kind not in ("layer", "rms"):
             raise ValueError(f"a norm's kind must be 'layer' or 'rms', got {self.kind!r}")
+        if not 0 < self.eps < 1:
+            raise ValueError(f"a norm's eps must be positive and below 1, got {self.eps}; 1e-6 is DiT's")
         if self.kind == "rms" and self.bias:
             raise ValueError("an RMSNorm has no bias; leave it out, or take kind='layer'")
 

@@ -249,6 +249,7 @@ def test_impossible_architectures(options, message):
 
 @pytest.mark.parametrize("options, message", [
     ({"kind": "batch"}, "must be 'layer' or 'rms', got 'batch'"), ({"kind": "rms", "bias": True}, "has no bias"),
+    ({"eps": 0.0}, "eps must be positive and below 1, got 0.0"), ({"eps": -1.0}, "got -1.0"),
 ])  # fmt: skip
 def test_impossible_norms(options, message):
     with pytest.raises(ValueError, match=message):
