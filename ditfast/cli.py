@@ -136,7 +136,7 @@ def _doctor(arguments: list[str]) -> int:
     )
     options.add_argument("--model", help="DiT-XL/2, DiT-XL/2@512, ...: memory under every --train.recompute policy")
     options.add_argument("--batch-size", type=int, help="of one GPU, 256 by default")
-    options.add_argument("--image-size", type=int, help="in pixels, the model's by default; latents are of an eighth")
+    options.add_argument("--image-size", type=int, help="in pixels, the model's by default")
     options.add_argument("--precision", help="bf16 by default, bf16-fast, ...")
     given = vars(options.parse_args(arguments))
     model, sizes = given.pop("model"), {name: value for name, value in given.items() if value is not None}

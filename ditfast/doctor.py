@@ -131,8 +131,9 @@ def doctor() -> int:
 def memory(name: str, batch_size: int = 256, image_size: int | None = None, precision: str = "bf16") -> None:
     """Prints what training `name`, DiT-XL/2 or DiT-XL/2@512, takes of a GPU's memory under every recompute policy.
 
-    batch_size is that of one GPU, image_size in pixels, of which the model sees latents of an eighth; by default 256,
-    or what the name ends in. ConfigError for an unknown model or precision and for impossible sizes.
+    batch_size is that of one GPU, image_size in pixels, of which the model sees latents of an eighth, LightningDiT
+    of a sixteenth; by default 256, or what the name ends in.
+    ConfigError for an unknown model or precision and for impossible sizes.
     """
     model = published_model(name, image_size)
     if batch_size < 1:

@@ -62,7 +62,6 @@ def build_loop(config: RunConfig, learn_sigma: bool) -> Loop:
     scheduler = diffusers_scheduler(name.removeprefix("diffusers:"), diffusion, config)
     if learn_sigma:
         log.info("sample.sampler %s has a variance of its own: the one that the model learned is not used", name)
-    scheduler.set_timesteps(options.steps)
     timesteps = list(dict.fromkeys(scheduler.timesteps.tolist()))
     return Loop(partial(_by_scheduler, scheduler, options.steps), timesteps, diffusion.num_timesteps)
 
@@ -139,8 +138,9 @@ def _along_path(
 
 
 def diffusers_scheduler(name: str, diffusion: SpacedDiffusion, config: RunConfig) -> Any:
-    """diffusers' scheduler of that class over the process's betas. ConfigError where it is missing or of another kind.
+    """diffusers' scheduler of that class over the process's betas.
 
+    ConfigError where it is missing, of another kind, or cannot step from what the network predicts.
     What it does not take from the process has its own defaults, the spacing of its timesteps for instance.
     """
     try:
@@ -154,6 +154,8 @@ def diffusers_scheduler(name: str, diffusion: SpacedDiffusion, config: RunConfig
     accepted = inspect.signature(cls.__init__).parameters
     if not {"trained_betas", "prediction_type"} <= set(accepted):
         raise ConfigError(f"sample.sampler: diffusers' {name} is not for noise by betas, as process ddpm has it")
+    if "Inverse" in name:
+        raise ConfigError(f"sample.sampler: diffusers' {name} leads from data to noise; take one that draws samples")
     arguments = {
         "num_train_timesteps": diffusion.num_timesteps,
         "trained_betas": diffusion.betas.tolist(),
@@ -163,7 +165,21 @@ def diffusers_scheduler(name: str, diffusion: SpacedDiffusion, config: RunConfig
         arguments["clip_sample"] = config.sample.clip_denoised
     elif config.sample.clip_denoised:
         raise ConfigError(f"sample.clip_denoised: diffusers' {name} does not clip; set it to false")
-    return cls(**arguments)
+    scheduler = cls(**arguments)
+    scheduler.set_timesteps(config.sample.steps)
+    t, x = scheduler.timesteps[0], torch.zeros(1, 1, 1, 1)
+    try:
+        scheduler.step(scheduler.scale_model_input(x, t), t, x, **_noise_of(scheduler, [torch.Generator()]))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        kind = "x_0" if config.diffusion.predict_xstart else "epsilon"
+        raise ConfigError(f"sample.sampler: diffusers' {name} cannot step from a predicted {kind}: {error}") from error
+    return scheduler
+
+
+def _noise_of(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
+    """The argument by which each sample's noise is its generator's, if the scheduler draws any."""
+    takes_noise = "generator" in inspect.signature(scheduler.step).parameters
+    return {"generator": generators} if takes_noise else {}
 
 
 def _by_scheduler(
@@ -172,9 +188,7 @@ def _by_scheduler(
     """diffusers' own loop; it keeps state, so each batch begins anew."""
     x = noise()
     scheduler.set_timesteps(steps, device=x.device)
-    # Each sample's noise is its generator's.
-    takes_noise = "generator" in inspect.signature(scheduler.step).parameters
-    options = {"generator": noise.generators} if takes_noise else {}
+    options = _noise_of(scheduler, noise.generators)
     x = x * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         given = scheduler.scale_model_input(x, t)

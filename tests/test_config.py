@@ -72,11 +72,8 @@ def test_every_family_has_presets():
     for name in ("SiT-S/2", "SiT-L/4@512", "LargeDiT-600M/2", "LargeDiT-3B/2", "LargeDiT-7B/2", "LightningDiT-XL/1"):
         assert name in PRESETS
     lightning = parse_config([], "LightningDiT-1p6B/1")
-    assert (lightning.model.input_size, lightning.model.in_channels, lightning.sample.timestep_shift) == (
-        (16, 16),
-        32,
-        0.3,
-    )
+    assert (lightning.model.input_size, lightning.model.in_channels) == ((16, 16), 32)
+    assert (lightning.sample.timestep_shift, lightning.sample.guidance_interval) == (0.3, (0.125, 1.0))
     assert lightning.transport.cosine_loss and lightning.transport.timestep_sampler == "lognormal"
 
 

@@ -59,6 +59,19 @@ def test_samples_are_the_same(options, depth):
     torch.testing.assert_close(ahead, within, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "sampler", ["ddim", "dpm-solver++", "diffusers:DDIMScheduler", "diffusers:HeunDiscreteScheduler"]
+)
+def test_every_sampler_computes_it_ahead(sampler, monkeypatch):
+    if sampler.startswith("diffusers"):
+        pytest.importorskip("diffusers")
+    rows, original = [], DiT.modulations
+    monkeypatch.setattr(DiT, "modulations", lambda model, t, y: rows.append(t.tolist()) or original(model, t, y))
+    draw(network(), config(sampler=sampler), cycle_labels(3, None, 5))
+    (at_once,) = rows
+    assert len(set(at_once)) == 5 and len(at_once) == 5 * 4, "five steps, for three labels and none"
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-fast"])
 def test_the_networks_error_does_not_grow(precision):
     """Sums in another order round otherwise, but no more: against float64 the error stays what it was."""

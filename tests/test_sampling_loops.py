@@ -61,6 +61,16 @@ def test_a_scheduler_of_diffusers_draws_what_its_own_loop_does(name):
         close(draw(net, config(f"diffusers:{name}", batch_size=batch_size), LABELS), expected)
 
 
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_a_scheduler_takes_the_network_that_predicts_x_0_as_such(name):
+    cls = getattr(pytest.importorskip("diffusers"), name)
+    net, betas = network(), np.linspace(1e-4, 0.02, 1000)
+    scheduler = cls(num_train_timesteps=1000, trained_betas=betas, prediction_type="sample", **SCHEDULERS[name])
+    x = SampleNoise(0, range(3), (4, 8, 8), CPU)()
+    expected = diffusers_loop(scheduler, lambda x, t: net.model(x, t, LABELS)[:, :4], x, 6)
+    close(draw(net, config(f"diffusers:{name}", {"predict_xstart": True}), LABELS), expected)
+
+
 def test_guidance_and_the_interval_reach_diffusers():
     pytest.importorskip("diffusers")
     name, net = "diffusers:DDIMScheduler", network()
@@ -98,6 +108,18 @@ def test_dpm_solver_of_a_run_with_a_learned_variance_and_guidance():
     assert (ours - ddim).norm() < 0.1 * ddim.norm()
     clipped = draw(net, config("dpm-solver++", clip_denoised=True), LABELS)
     assert clipped.abs().max() <= 1, "the last step ends at the clamped x_0"
+
+
+@pytest.mark.parametrize("name, diffusion, message", [
+    ("CogVideoXDPMScheduler", {}, "CogVideoXDPMScheduler cannot step from a predicted epsilon: .* missing 2 required"),
+    ("KDPM2DiscreteScheduler", {"predict_xstart": True}, "KDPM2DiscreteScheduler cannot step from a predicted x_0"),
+    ("PNDMScheduler", {"predict_xstart": True}, "PNDMScheduler cannot step from a predicted x_0"),
+    ("DDIMInverseScheduler", {}, "DDIMInverseScheduler leads from data to noise"),
+])  # fmt: skip
+def test_a_scheduler_that_cannot_sample_is_named(name, diffusion, message):
+    pytest.importorskip("diffusers")
+    with pytest.raises(ConfigError, match=message):
+        prepare(network(), config(f"diffusers:{name}", diffusion))
 
 
 @pytest.mark.parametrize("sampler, options, message", [

@@ -8,7 +8,11 @@ MODULATION = {  # what modulates each of a block's two branches, in the order of
     "adaln_zero_no_shift": ("scale", "gate"),
 }
 BLOCK_VARIANTS = (*MODULATION, "cross_attention", "in_context")
-POSITIONS = ("sincos", "rope_1d", "rope_2d")
+POSITIONS = {  # the width that a position divides into pairs, of sincos and rope_2d for each direction, and the divisor
+    "sincos": ("hidden_size", 4),
+    "rope_1d": ("head_dim", 2),
+    "rope_2d": ("head_dim", 4),
+}
 
 
 def check_heads(hidden_size: int, num_heads: int, kv_heads: int | None = None) -> None:
@@ -84,6 +88,10 @@ class Architecture:
         known_positions = set(self.position) <= set(POSITIONS) and len(self.position) == len(set(self.position))
         if not known_positions or {"rope_1d", "rope_2d"} <= set(self.position):
             raise ValueError(f"position must be sincos, rope_1d, rope_2d, or sincos and a rope, got {self.position}")
+        for name in self.position:
+            size, parts = POSITIONS[name]
+            if getattr(self, size) % parts:
+                raise ValueError(f"{name} needs a {size} that is a multiple of {parts}, got {getattr(self, size)}")
         if self.norm.bias or self.final_norm.bias:
             raise ValueError("norm and final_norm cannot have a bias: the modulation's shift stands for it")
         if not self.adaptive:

@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     made.add_argument("--model", help="DiT-XL/2, DiT-XL/2@512, ...")
     made.add_argument("--config", help="in its place a YAML file of a run; its batch, precision, EMAs are taken too")
-    made.add_argument("--image-size", type=int, help="of --model in pixels; latents are of an eighth")
+    made.add_argument("--image-size", type=int, help="of --model in pixels")
     made.add_argument("--gpu", help="h100, a100-40gb, ...; by default the one here")
     made.add_argument("--gpus", type=int, help="how many, in all nodes; 1 by default, or --nodes times --gpus-per-node")
     made.add_argument("--gpus-per-node", type=int, default=8)

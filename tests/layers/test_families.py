@@ -74,6 +74,16 @@ def test_published_parameters(name):
         assert count_parameters(MODELS[name]()) == PUBLISHED[name]
 
 
+@pytest.mark.parametrize("name, head_dim", [
+    ("LightningDiT-B/1", 64), ("LightningDiT-L/2", 64), ("LightningDiT-XL/1", 72), ("LightningDiT-1p0B/1", 64),
+    ("LightningDiT-1p6B/1", 64), ("SiT-S/2", 64), ("SiT-XL/2", 72),
+])  # fmt: skip
+def test_published_heads(name, head_dim):
+    """Which no shape of a state dict tells."""
+    with torch.device("meta"):
+        assert MODELS[name](depth=1).architecture.head_dim == head_dim
+
+
 def test_every_preset_is_of_its_family():
     """What a configuration relies on: a preset is a family's class with arguments of its sizes."""
     for name, preset in MODELS.items():
@@ -240,6 +250,9 @@ def test_tokens_of_a_grid_that_is_not_square_know_their_place():
     ({"norm": NormForm(bias=True)}, "the modulation's shift stands for it"),
     ({"block": "in_context", "position": ("rope_2d",)}, r"'in_context' has DiT's position alone, \('sincos',\)"),
     ({"block": "cross_attention", "mlp": "swiglu"}, "'cross_attention' has DiT's mlp alone, 'gelu'"),
+    ({"hidden_size": 90, "num_heads": 2, "position": ("rope_1d",)}, "rope_1d needs a head_dim that is a multiple of 2"),
+    ({"hidden_size": 84, "num_heads": 6, "position": ("rope_2d",)}, "rope_2d needs a head_dim that is a multiple of 4"),
+    ({"hidden_size": 90, "num_heads": 2}, "sincos needs a hidden_size that is a multiple of 4, got 90"),
     ({"conditioning_limit": 0}, "conditioning_limit must be a positive int, got 0"),
 ])  # fmt: skip
 def test_impossible_architectures(options, message):
