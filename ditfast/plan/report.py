@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ditfast.files import replacing
 from ditfast.hardware import rate_name
@@ -112,7 +112,8 @@ def print_plan(plan: Plan, name: str, precision: str) -> None:
         "MFU",
         "",
     )
-    table = Table(*head, title="Layouts", title_justify="left")
+    # Folded, a narrow terminal loses nothing of them.
+    table = Table(*(Column(label, overflow="fold") for label in head), title="Layouts", title_justify="left")
     for each in plan.candidates:
         in_ditfast = "yes" if each.layout.runs else "not yet"
         if each.time is None or each.memory is None or not each.fits:
