@@ -226,6 +226,9 @@ class RunConfig:
         for name, value in _changed(getattr(self, key)):
             found = f"{key}.{name} is {value!r}, an option of process {owner}, but process is {self.process}"
             raise ConfigError(f"{found}; leave it out, or set process={owner}")
+        if self.transport.cosine_loss and self.transport.prediction != "velocity":
+            found = f"with transport.prediction {self.transport.prediction}"
+            raise ConfigError(f"transport.cosine_loss compares velocities: leave it out {found}")
         if self.model.learn_sigma and self.model.returns_sigma != (self.process == "ddpm"):
             reads = "reads no variance" if self.process == "sit" else "reads the variance that the model learns"
             wanted = f"model.returns_sigma={str(self.process == 'ddpm').lower()}"
@@ -316,10 +319,7 @@ def parse_config(arguments: list[str], default: str | None = None, **kwargs: Any
 
 
 def config_from(tree: dict[str, Any]) -> RunConfig:
-    """The configuration that a checkpoint holds as JSON; options that it lacks have their defaults.
-
-    Raises ConfigError for options that this ditfast does not know.
-    """
+    """The configuration that a checkpoint holds as JSON, over the defaults. ConfigError for options unknown here."""
     made = _run_parser(None)
     return _instantiate(made, lambda: made.parse_object(tree), RunConfig)
 

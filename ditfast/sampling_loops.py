@@ -118,6 +118,8 @@ def _ode(sampler: Sampler, options: SampleConfig) -> FixedSteps | OdeSolver:
 
 def _sde(sampler: Sampler, options: SampleConfig) -> FixedSteps | OdeSolver:
     last_step = None if options.last_step == "none" else options.last_step
+    if last_step is not None and options.steps < 2:
+        raise ValueError(f"it takes at least 2 steps with a last_step, here {last_step}, which is one of them")
     return sampler.sample_sde(
         sampling_method=options.method.title(),
         diffusion_form=options.diffusion_form,

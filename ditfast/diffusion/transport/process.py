@@ -193,7 +193,8 @@ def create_transport(
         loss_weight: of a noise or score: None or "none"; "velocity", by which its loss is that of the velocity that it
             means; "likelihood". The loss of a velocity has none.
         train_eps, sample_eps: how far training and sampling stay away from t = 1 and, but for VP, from t = 0. By
-            default 0 for a velocity on Linear and GVP, 1e-5 and 1e-3 on VP, else 1e-3.
+            default 0 for a velocity on Linear and GVP, 1e-5 and 1e-3 on VP, else 1e-3. What is given holds, also where
+            the official function takes 0 all the same, for a velocity on Linear and GVP.
         use_lognorm: draws the training times as sigmoid(N(0, 1)) instead of uniformly.
         use_cosine_loss: adds the loss of the velocity's direction.
         timestep_shift: of the training times, see `shift_timesteps`; a sampler has its own.
