@@ -78,7 +78,8 @@ def test_who_is_stopped_leaves_no_processes(stop, tmp_path):
 
 
 LAUNCH = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background inherits that it is ignored
 from bench import __main__ as bench, limits
 from bench.suites import scale
 limits.of = lambda device: None
