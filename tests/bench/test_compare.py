@@ -219,7 +219,9 @@ def test_an_unknown_commit_is_named(repository, rev):
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_measurement_leaves_no_worktree(repository, tmp_path, stop):
     call = f"measure_in_turns('HEAD', ['ops'], root=Path({str(repository)!r}))"
-    code = f"from pathlib import Path; from bench.revisions import measure_in_turns; {call}"
+    # What runs in the background inherits that SIGINT is ignored.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += f"from pathlib import Path; from bench.revisions import measure_in_turns; {call}"
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     environment = os.environ | {"SLEEP": "60", "TMPDIR": str(temporary)}
