@@ -3,6 +3,7 @@
 import hashlib
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,7 +74,8 @@ class Loader:
             generator=torch.Generator().manual_seed(0),
             worker_init_fn=_ignore_signals,
         )
-        self._batches: Iterator[tuple[Tensor, Tensor] | DataError] | None = iter(loader)
+        with _held_back():
+            self._batches: Iterator[tuple[Tensor, Tensor] | DataError] | None = iter(loader)
 
     def __iter__(self) -> "Loader":
         return self
@@ -150,7 +152,21 @@ class _Batches:
         return (image.flip(-1) if mirror else image), label
 
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Signals to stop wait until the end, and in a process started meanwhile until it says what to do with them."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
 def _ignore_signals(_: int) -> None:
     """Ctrl-C, torchrun and batch systems signal every process of a run; the main one decides when its workers stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for signum in _STOPPING:
+        signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
