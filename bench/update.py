@@ -63,7 +63,8 @@ class Update:
         count = sum(grad.numel() for grad in exact.values())
         self.size = 2.0 ** round(math.log2(square / count) / 2)  # of which the square is exact as well
         self.optim = optim
-        self.truth = Truth(*(Expected(weights, grads, optim, self.size) for grads in (truth.exact, truth.eager)))
+        updated = [Expected(weights, grads, optim, self.size) for grads in (truth.exact, truth.granted())]
+        self.truth = Truth(updated[0], updated[1], truth.each)
 
     @torch.no_grad()
     def judge(self, training: Trainer | Baseline, step: Callable[[], object]) -> str | None:

@@ -125,7 +125,8 @@ class MemoryJob:
                 return {"outputs": model.eval()(x.to(precision.params), t, y)}
 
         oracles = ((self._reference(config, Recipe()).to(precision.params), precision) for precision in (FLOAT64, own))
-        return Truth(*(outputs(*oracle) for oracle in oracles)).judge(outputs(build(config), own))
+        exact, eager = (outputs(*oracle) for oracle in oracles)
+        return Truth(exact, eager).judge(outputs(build(config), own))
 
     def _kept(self, model: nn.Module, batch: int) -> tuple[int, int]:
         """Bytes behind a forward: storages alive, and what the allocator holds more than before (0 on a CPU)."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.baselines import FLOAT64, Baseline
 from bench.contest import Contest, Settings
-from bench.exactness import Truth
+from bench.exactness import EACH, EACH_FP32, Truth
 from bench.oracles import Recipe
 from bench.power import Sampler
 from bench.rows import COMPILE, DITFAST, EAGER, Job, Row
@@ -165,8 +165,9 @@ class Steps:
 
     def _truth(self) -> Truth:
         exact = self._baseline(ORACLE, FLOAT64).gradients([_doubled(v) for v in self.batch], CHUNK)
-        eager = self._baseline(ORACLE, self.trainer.config.precision).gradients(self.batch, CHUNK)
-        return Truth(exact, eager)
+        precision = self.trainer.config.precision
+        eager = self._baseline(ORACLE, precision).gradients(self.batch, CHUNK)
+        return Truth(exact, eager, EACH_FP32 if precision == Precision() else EACH)
 
     def _update(self) -> Update:
         weights = {name: w.clone() for name, w in self.trainer.optimizer.state_tensors()["model"].items()}

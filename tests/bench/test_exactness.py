@@ -58,3 +58,12 @@ def test_a_tensor_that_the_reference_happens_to_have_exact_may_err_as_others_do(
     truth = Truth(EXACT, off(1e-3, b=1e-7))
     assert truth.judge(off(1e-3)) is None
     assert "the error of b" in truth.judge(off(1e-3, b=3.6e-3))
+
+
+@pytest.mark.parametrize("luck", [1e-7, 0.0])
+def test_what_is_granted_to_others_is_the_usual_error_where_the_reference_is_luckily_exact(luck):
+    granted = Truth(EXACT, off(1e-3, b=luck, c=5e-3)).granted()
+    errors = {name: (granted[name] - exact).norm() / exact.norm() for name, exact in EXACT.items()}
+    usual = sorted(8e-3 / exact.norm() for name, exact in EXACT.items() if name in "ad")[0]
+    assert usual * 0.99 < errors["b"] < 5 * usual
+    assert granted["c"].sub(off(5e-3)["c"].double()).abs().max() < 1e-12

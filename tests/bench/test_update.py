@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from bench.contest import Settings
+from bench.exactness import Truth
 from bench.rows import DITFAST, EAGER
 from bench.suites.model import Steps, TrainingJob
 from bench.training import TINY, random_batch, trainer_for
+from bench.update import Expected, Update
+from ditfast.config import OptimConfig
 from ditfast.distributed import World
 from ditfast.train import Trainer
 
@@ -83,3 +86,16 @@ def test_a_judged_run_is_as_before(precision):
             trainer.optimizer.parameters.values(), before, trainer.optimizer.masters.items(), strict=True
         ):
             assert torch.equal(p, old) and torch.equal(average[name], master), name
+
+
+@pytest.mark.parametrize(("error", "passes"), [(2e-6, True), (2e-5, False)])
+def test_a_gradient_that_the_reference_happens_to_have_exact_makes_no_budget_of_its_second_moment(error, passes):
+    """One far above the others' size, so that its moment, unlike theirs, is its own square."""
+    generator, off, sizes = torch.Generator().manual_seed(0), (-1.0) ** torch.arange(32), {"d": 1e3}
+    exact = {n: sizes.get(n, 1.0) * torch.randn(32, dtype=torch.float64, generator=generator) for n in "abcd"}
+    eager = {n: x if n == "d" else x * (1 + 1e-6 * off) for n, x in exact.items()}
+    update = Update(dict.fromkeys("abcd", torch.zeros(32)), Truth(exact, eager), OptimConfig())
+    found = Expected(
+        update.truth.exact.weights, {n: x * (1 + error * off) for n, x in exact.items()}, OptimConfig(), update.size
+    )
+    assert (update.truth.judge({name: v.float() for name, v in found.items()}) is None) == passes
