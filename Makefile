@@ -9,17 +9,21 @@ STAMP = $(VENV)/.installed
 # Threads that wait must not spin: beside any other busy process, two spinning threads on two cores run ten times slower.
 export OMP_WAIT_POLICY ?= passive
 
+# The suite is thousands of small tests, so a process per core; more than eight gain little and each takes 1.5 GB.
+PYTEST = $(RUN) -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+test test-full: export OMP_NUM_THREADS ?= 1
+
 .PHONY: demo test test-full lint format clean
 
 demo: $(STAMP)
 	$(RUN) -m ditfast.cli demo $(if $(PROCESS),--process $(PROCESS)) $(if $(OUT),--out $(OUT))
 
 test: $(STAMP) lint
-	$(RUN) -m pytest -q --durations=10
+	$(PYTEST) --durations=10
 	$(RUN) -m bench.chip stale
 
 test-full: $(STAMP) lint
-	$(RUN) -m pytest -q --durations=20 -m "full or not full"
+	$(PYTEST) --durations=20 -m "full or not full"
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

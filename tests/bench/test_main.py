@@ -110,7 +110,8 @@ def under_pytest(tmp_path):
 
     def run(*arguments):
         command = [sys.executable, "-m", "pytest", "bench/test_suites.py", "--small", "--device", "cpu", "-q"]
-        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        environment = outer | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
             [*command, "-p", "no:cacheprovider", *arguments],
             cwd=ROOT,

@@ -50,7 +50,7 @@ def test_a_peer_that_does_not_agree_is_seen(wrong, device, generator):
 @pytest.mark.parametrize(
     ("op", "name", "module", "says"),
     (
-        ("adaln_modulate", "liger-kernel", "liger_kernel", r"pip install 'liger-kernel"),
+        ("adaln_modulate", "liger-kernel", "liger_kernel.ops.modulated_rms_norm", r"pip install 'liger-kernel"),
         ("adamw_ema", "apex", "amp_C", r"github\.com/NVIDIA/apex .*PyPI is another package"),
         ("adamw_ema", "apex", "apex.multi_tensor_apply", r"github\.com/NVIDIA/apex .*PyPI is another package"),
     ),
