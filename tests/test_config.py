@@ -46,6 +46,20 @@ def test_print_config_lists_every_option(capsys):
     assert all(f"{key.rpartition('.')[2]}:" in printed for key in keys())
 
 
+def test_help_says_of_options_what_the_source_does(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--help"], "digits-sit")
+    printed = " ".join(capsys.readouterr().out.split())
+    for said in (
+        "noise by `diffusion`, or SiT's by `transport` (type: Literal['ddpm', 'sit'], default: sit)",
+        "--model.kv_heads KV_HEADS heads of k and v, dividing num_heads; None: as many.",
+        "data: What to train on. kind: digits (in scikit-learn)",
+        "--sample.guidance_scale GUIDANCE_SCALE 1 is no guidance (type: float, default: 2.0)",
+    ):
+        assert said in printed
+    assert "<class" not in printed
+
+
 def quick(name):
     """Whether a published preset stands for its family in the default run."""
     return name in ("DiT-S/8", "DiT-XL/2@512", "SiT-XL/2", "SiT-S/8@512", "LargeDiT-tiny/2", "LightningDiT-1p0B/1")
@@ -117,6 +131,8 @@ def test_an_architecture_by_options():
         (["--lr", "1"], "unknown option 'lr'. Did you mean 'optim.lr'?"),
         (["--train.precision", "bf61"], "precision must be one of .* got 'bf61'. Did you mean 'bf16'?"),
         (["--optim.lr", "fast"], "optim.lr.*float.*fast"),
+        (["--process", "sat"], "process must be one of ddpm, sit, got 'sat'. Did you mean 'sit'?"),
+        (["--transport.path", "gpv"], "transport.path must be one of Linear, GVP, VP, got 'gpv'. Did you mean 'GVP'?"),
         (["--model.block", "adaln-zero"], "model.block.*adaln_zero.*adaln-zero"),
         (["--train.steps", "0"], "train.steps must be at least 1, got 0"),
         (["--optim.ema_rates", "[1.5]"], r"optim.ema_rates must be in .* got \[1.5\]"),
