@@ -11,10 +11,10 @@ USAGE = """usage: ditfast COMMAND [options]
 
   train    train a model, or continue a run     ditfast train --preset digits --out runs/digits
   sample   draw images from a run or a file     ditfast sample runs/digits --count 100
-  export   write a run in the official format   ditfast export runs/digits digits.pt
-  demo     train, sample and judge digits       ditfast demo
+  export   write a run's weights to one file    ditfast export runs/digits digits.pt
+  demo     train, sample and judge digits       ditfast demo, or ditfast demo --process sit
   plan     time, memory, layout of a training   ditfast plan --model DiT-XL/2 --gpus 64 --gpu h100
-  doctor   versions, devices, backends          ditfast doctor
+  doctor   versions, devices, backends; memory  ditfast doctor, or ditfast doctor --model SiT-XL/2
 
 `ditfast COMMAND --help` lists the options; `ditfast train --print_config` all of a run's, with their values.
 """
@@ -25,7 +25,10 @@ def _train(arguments: list[str]) -> int:
     from ditfast.logs import setup_logging
     from ditfast.train import train
 
-    description = "Train a model, or continue the run in --out. Without a preset: digits."
+    description = (
+        "Train a model, or continue the run in --out. The defaults below are those of --preset, digits where it is not "
+        "given; `--preset DiT-XL/2 --help` shows that one's."
+    )
     config = parse_config(arguments, "digits", prog="ditfast train", description=description)
     setup_logging()
     train(config)
@@ -55,19 +58,28 @@ def _sample(arguments: list[str]) -> int:
     from ditfast.distributed import pick_device
     from ditfast.logs import log, setup_logging
 
-    pre = argparse.ArgumentParser(prog="ditfast sample", description="Draw samples.", allow_abbrev=False)
-    pre.add_argument("weights", help="a run's directory, one of its step-... directories, or an official .pt file")
-    pre.add_argument("--count", type=int, default=64, help="how many samples")
+    pre = argparse.ArgumentParser(
+        prog="ditfast sample", allow_abbrev=False,
+        description="Draw samples: grid.png and samples.npz, or of latents, which a VAE has to decode, latents.npy and "
+        "a preview of them.",
+    )  # fmt: skip
+    pre.add_argument(
+        "weights",
+        help="a run's directory, one of its step-... directories, or a .pt, .pth or .safetensors file with the weights "
+        "of a DiT, SiT, LightningDiT or LargeDiT, official or exported",
+    )
+    pre.add_argument("--count", type=int, default=64, help="how many samples, 64 by default")
     pre.add_argument("--classes", type=_integers, help="comma-separated labels to go round; all by default")
-    pre.add_argument("--out", type=Path, default=Path("samples"), help="directory to write to")
-    pre.add_argument("--seed", type=int, default=0)
-    pre.add_argument("--device", default="auto")
+    pre.add_argument("--out", type=Path, default=Path("samples"), help="directory to write to, samples by default")
+    pre.add_argument("--seed", type=int, default=0, help="0 by default")
+    pre.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     pre.add_argument("--tuned", help="a file of measured kernel configs, of `python -m ditfast.kernels tune`")
     pre.add_argument("--precision", help="fp32, bf16, ...; the run's own by default")
-    pre.add_argument("--config", help="for a weight file: the YAML of the run that it was exported from")
-    pre.add_argument("--process", choices=("ddpm", "sit"), help="for a weight file: sit says that it is a SiT's")
+    pre.add_argument("--config", help="for a file of no published size: the config.yaml of its run")
+    pre.add_argument("--process", choices=("ddpm", "sit"), help="for a file that looks like a DiT's: sit for a SiT's")
     pre.add_argument("--unconditional", help="weights of a second network that guides the first (two-network guidance)")
-    pre.epilog = "Options of the sampler, by default the run's: " + ", ".join(f"--{key}" for key in keys(SampleConfig))
+    pre.epilog = "Options of the sampler, by default the run's, described by `ditfast train --help` as --sample.NAME: "
+    pre.epilog += ", ".join(f"--{key}" for key in keys(SampleConfig))
     options, rest = pre.parse_known_args(arguments)
     if options.count < 1:
         raise ConfigError(f"--count must be positive, got {options.count}")
@@ -104,7 +116,10 @@ def _export(arguments: list[str]) -> int:
     from ditfast.sample import load_network, open_weights
 
     options = argparse.ArgumentParser(
-        prog="ditfast export", description="Write a run's weights as the official code reads them."
+        prog="ditfast export",
+        description="Write a run's weights to one file, fp32: those of a DiT, SiT or LightningDiT by the names and in "
+        "the order of the official code, those of a LargeDiT by ditfast's names, of which ditfast.paddle makes "
+        "PaddleMIX's. `ditfast sample` reads them back. Other blocks and norms have no such format and are refused.",
     )
     options.add_argument("weights", help="a run's directory or one of its step-... directories")
     options.add_argument("file", type=Path, help="the file to write, .pt, .pth or .safetensors")
@@ -134,7 +149,7 @@ def _doctor(arguments: list[str]) -> int:
         prog="ditfast doctor",
         description="Report versions, devices and backends; with --model the memory that training it takes, alone.",
     )
-    options.add_argument("--model", help="DiT-XL/2, DiT-XL/2@512, ...: memory under every --train.recompute policy")
+    options.add_argument("--model", help="a preset, DiT-XL/2@512, ...: memory under every --train.recompute policy")
     options.add_argument("--batch-size", type=int, help="of one GPU, 256 by default")
     options.add_argument("--image-size", type=int, help="in pixels, the model's by default")
     options.add_argument("--precision", help="bf16 by default, bf16-fast, ...")

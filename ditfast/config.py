@@ -2,9 +2,7 @@
 
 import argparse
 import dataclasses
-import difflib
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -17,6 +15,7 @@ import yaml
 from ditfast.files import replacing
 from ditfast.layers import Architecture
 from ditfast.layers.recompute import RECOMPUTE_POLICIES, policy_of_block
+from ditfast.messages import describe, explain, nearest
 from ditfast.precision import PRECISIONS, Precision
 from ditfast.presets import PRESETS
 
@@ -71,7 +70,7 @@ class TransportConfig:
     prediction: Literal["velocity", "noise", "score"] = "velocity"
     loss_weight: Literal["none", "velocity", "likelihood"] = "none"  # of a noise or score
     train_eps: float | None = None  # how far training stays away from both ends of the path; null for the path's own
-    sample_eps: float | None = None  # and sampling
+    sample_eps: float | None = None  # how far sampling does
     timestep_sampler: Literal["uniform", "lognormal"] = "uniform"
     cosine_loss: bool = False  # adds the loss of the velocity's direction
     timestep_shift: float = 1.0  # of the training times; below 1 towards the noise
@@ -82,7 +81,7 @@ class DataConfig:
     """What to train on. kind: digits (in scikit-learn), folder (of images), cifar10 (binary files), features (.npy)."""
 
     kind: str = "digits"
-    path: str | None = None
+    path: str | None = None  # where it is; the digits need none
     image_size: int | None = None  # side in pixels that a folder's images are resized and cropped to
     flip: bool = False  # random horizontal flips
     workers: int = 0  # loader processes
@@ -109,7 +108,7 @@ class OptimConfig:
 class SampleConfig:
     """How samples are drawn, by `ditfast sample` and for the grids during training."""
 
-    sampler: str | None = None  # one of SAMPLERS or diffusers:CLASS; null is ddpm, of process sit ode
+    sampler: str | None = None  # ddpm, ddim, dpm-solver++, diffusers:CLASS; of process sit ode, sde; null: the first
     steps: int = 250
     guidance_scale: float = 4.0  # 1 is no guidance
     guidance_channels: int | None = 3  # the official form guides 3 channels; null guides all
@@ -134,10 +133,10 @@ class TrainConfig:
 
     steps: int = 400_000
     batch_size: int = 256
-    accumulate: int = 1
-    precision: str = "bf16"
+    accumulate: int = 1  # parts of a batch that are computed one after the other
+    precision: str = "bf16"  # fp32, tf32, bf16, fp16, or with low-precision weights bf16-fast, fp16-fast
     recompute: str = "ops"  # none, ops, mlp, block, or block:k for every k-th block: ditfast.layers.recompute
-    compile: bool = False
+    compile: bool = False  # the whole model under torch.compile
     cuda_graph: bool = False  # replays the whole step on a GPU without Python, on one process
     log_every: int = 100
     sample_every: int = 0  # 0 draws no grids during training
@@ -274,13 +273,6 @@ def _changed(section: Any) -> list[tuple[str, Any]]:
     return [(name, value) for name, value, default in values if value != default]
 
 
-def nearest(word: str, known: Any) -> str:
-    """' Did you mean ...?' for the known word nearest to a mistyped one, in whatever case, or nothing."""
-    spelled = {each.lower(): each for each in known}
-    matches = difflib.get_close_matches(word.lower(), spelled, n=1, cutoff=0.5)
-    return f". Did you mean {spelled[matches[0]]!r}?" if matches else ""
-
-
 def preset(name: str) -> dict[str, Any]:
     """The overrides of a preset, by dotted key; ConfigError names the nearest one for an unknown name."""
     if name not in PRESETS:
@@ -315,6 +307,8 @@ def parse_config(arguments: list[str], default: str | None = None, **kwargs: Any
     named = [tree["preset"] for tree in map(_read_yaml, given.config) if tree.get("preset")]
     base = given.preset or (named[-1] if named else default)
     made = _run_parser(base, **kwargs)
+    if {"-h", "--help"} & set(arguments):
+        describe(made, RunConfig)
     return _instantiate(made, lambda: made.parse_args(arguments), RunConfig)
 
 
@@ -357,7 +351,7 @@ def _instantiate(made: jsonargparse.ArgumentParser, parse: Callable[[], Any], cl
     try:
         parsed = made.instantiate(parse())
     except argparse.ArgumentError as error:
-        raise ConfigError(_explain(str(error), keys(cls))) from error
+        raise ConfigError(explain(str(error), keys(cls))) from error
     except ConfigError:
         raise
     except ValueError as error:  # of the architecture
@@ -380,19 +374,3 @@ def save_config(config: RunConfig, path: Path) -> None:
     """Writes every option as YAML, which `--config` reads back."""
     with replacing(path) as file:
         file.write(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False).encode())
-
-
-def _explain(message: str, known: list[str]) -> str:
-    """The parser's message, with the nearest known key where it complains of an unknown one."""
-    unknown = (
-        re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", message)
-        or re.search(r"Option '(?P<key>[\w.]+)' is not accepted", message)
-        or re.search(r"unrecognized arguments: --(?P<key>[\w.-]+)", message)
-    )
-    if not unknown:
-        return message
-    parts = unknown.groupdict()
-    key = f"{parts['group']}.{parts['key']}" if parts.get("group") else parts["key"]
-    by_last = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
-    suggestion = f". Did you mean {by_last[0]!r}?" if by_last else nearest(key, known)
-    return f"unknown option {key!r}{suggestion or '; known: ' + ', '.join(known)}"

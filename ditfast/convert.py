@@ -5,7 +5,8 @@ import itertools
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -143,15 +144,30 @@ def _infer_swiglu(state: Mapping[str, Tensor]) -> dict[str, Any]:
         for name, make in models.items()
         if name.endswith(f"/{patch_size}") and all(make.keywords[key] == value for key, value in shape.items())
     )
-    found = {
-        "preset": next(names, None),
+    preset = next(names, None)
+    return {
+        "preset": preset,
         "input_size": side * patch_size if side and side * side == tokens else None,
         "in_channels": in_channels,
         "num_classes": state[LABELS].shape[0] - 1,
         "learn_sigma": state[needed[2]].shape[0] == 2 * in_channels * patch_size**2,
+        **(_attention_forms(state, models[preset], hidden_size) if preset else {}),
     }
-    if tokens and "blocks.0.attn.q_norm.weight" in state:
-        found["qk_norm"] = {"kind": "rms", "weight": True}
+
+
+def _attention_forms(state: Mapping[str, Tensor], make: Callable[..., nn.Module], hidden_size: int) -> dict[str, Any]:
+    """kv_heads and qk_norm, options of `ModelConfig`, where the weights have others than `make` gives by default."""
+    defaults = {name: parameter.default for name, parameter in signature(make).parameters.items()}
+    found: dict[str, Any] = {}
+    heads = defaults["num_heads"]
+    kv_heads, rest = divmod(len(state.get("blocks.0.attn.qkv.weight", ())) - hidden_size, 2 * (hidden_size // heads))
+    if not rest and kv_heads > 0 and kv_heads != (defaults.get("num_kv_heads") or heads):
+        found["kv_heads"] = kv_heads
+    large = "num_kv_heads" in defaults
+    normed = "blocks.0.attn.q_norm.weight" in state
+    if normed != defaults["qk_norm" if large else "use_qknorm"]:
+        form = {"kind": "layer", "eps": 1e-5, "bias": True} if large else {"kind": "rms"}
+        found["qk_norm"] = form | {"weight": True} if normed else None
     return found
 
 

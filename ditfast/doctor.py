@@ -17,6 +17,7 @@ from ditfast.config import PRECISIONS, ConfigError, checked_precision
 from ditfast.hardware import find_gpu
 from ditfast.kernels.attention import libraries
 from ditfast.plan import plan_memory, published_model, state
+from ditfast.presets import PUBLISHED
 
 # What bench/gpu.sh writes; only a source tree has it.
 LEDGER = Path(__file__).parents[1] / "bench" / "results" / "chip.json"
@@ -129,7 +130,7 @@ def doctor() -> int:
 
 
 def memory(name: str, batch_size: int = 256, image_size: int | None = None, precision: str = "bf16") -> None:
-    """Prints what training `name`, DiT-XL/2 or DiT-XL/2@512, takes of a GPU's memory under every recompute policy.
+    """Prints what training `name`, a preset such as DiT-XL/2@512, takes of a GPU's memory under every recompute policy.
 
     batch_size is that of one GPU, image_size in pixels, of which the model sees latents of an eighth, LightningDiT
     of a sixteenth; by default 256, or what the name ends in.
@@ -140,7 +141,7 @@ def memory(name: str, batch_size: int = 256, image_size: int | None = None, prec
         raise ConfigError(f"--batch-size must be positive, got {batch_size}")
     held = PRECISIONS[checked_precision(precision)]
     network, _, pixels = name.partition("@")
-    size = image_size or int(pixels or 256)
+    size = image_size or (int(pixels or 256) if network in PUBLISHED else model.x_embedder.img_size[0])
     alive, tokens = state(model, held).total / 1e9, batch_size * model.x_embedder.num_patches
     copies = "" if held.compute is held.params else " and, at most, autocast's copies"
     console = Console(soft_wrap=True)

@@ -48,9 +48,12 @@ def published(name: str, pixels: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+# The official configuration of LightningDiT-XL/1, 64 epochs; guidance is that of the weights of 800 epochs (FID 1.35).
 LIGHTNING_RECIPE = {
     "transport.timestep_sampler": "lognormal", "transport.cosine_loss": True,
-    "sample.timestep_shift": 0.3, "sample.guidance_interval": (0.125, 1.0),
+    "optim.lr": 2e-4, "optim.beta2": 0.95,
+    "train.steps": 80_000, "train.batch_size": 1024, "train.save_every": 20_000,
+    "sample.timestep_shift": 0.3, "sample.guidance_scale": 6.7, "sample.guidance_interval": (0.125, 1.0),
 }  # fmt: skip
 
 

@@ -133,12 +133,14 @@ def _published_run(path: Path, state: dict[str, Tensor], process: str | None) ->
     if name is None or (side is None and "pos_embed" in state):
         raise ConfigError(
             f"{path} is no published size of DiT, SiT, LargeDiT or LightningDiT, so its heads and height are unknown; "
-            "name the configuration of its run, --config runs/.../config.yaml"
+            "name the configuration of its run, --config runs/.../config.yaml, or a YAML file that says its `model:`"
         )
     if process == "sit" and name.startswith("DiT-"):
         name = f"SiT-{name.removeprefix('DiT-')}"
-    told = ("in_channels", "num_classes", "learn_sigma", "mlp_ratio", "qk_norm")
+    told = ("in_channels", "num_classes", "learn_sigma", "mlp_ratio", "kv_heads", "qk_norm")
     options = {key: found[key] for key in told if key in found} | ({"input_size": [side, side]} if side else {})
+    if process == "sit":
+        options["returns_sigma"] = False
     arguments = [f"--model.{key}={json.dumps(value)}" for key, value in options.items()]
     return parse_config([*arguments, *([f"--process={process}"] if process else [])], name)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ditfast import __version__, cli, convert
+from ditfast.config import PRESETS
 from ditfast.layers import DiT
 
 SMALL = [
@@ -45,6 +46,14 @@ def test_every_command_has_help(name, capsys):
         cli.main([name, "--help"])
     assert stop.value.code == 0
     assert f"ditfast {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["sample", "export"])
+def test_help_says_what_becomes_of_each_family(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"\b{family}\b", printed) for family in ("DiT", "SiT", "LightningDiT", "LargeDiT"))
 
 
 def test_train_writes_a_run(run):
@@ -122,7 +131,23 @@ def test_doctor_takes_published_resolutions(capsys):
     assert "Backend of each op" not in printed
 
 
+OF_EACH_FAMILY = ("digits", "digits-sit", "DiT-S/8", "SiT-S/8@512", "LargeDiT-tiny/2", "LightningDiT-B/2")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in OF_EACH_FAMILY else pytest.param(n, marks=pytest.mark.full) for n in PRESETS]
+)
+def test_doctor_and_plan_know_every_preset(name, capsys):
+    network, _, pixels = name.partition("@")
+    assert cli.main(["doctor", f"--model={name}", "--batch-size=4"]) == 0
+    size = 8 if network.startswith("digits") else pixels or 256
+    assert capsys.readouterr().out.startswith(f"Memory of training {network} at {size} pixels, batch 4 (")
+    assert cli.main(["plan", f"--model={name}", "--gpu=h100", "--batch-size=1"]) in (0, 1)
+    assert re.match(rf"{name}, \d+ tokens an image, bf16, global batch 1, on 1 x H100", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("options, message", [
+    (["--model=digits", "--image-size=16"], r"--image-size of digits is that of its data, \(8, 8\); leave it out"),
     (["--model=DiT-XL2"], "unknown model 'DiT-XL2'. Did you mean 'DiT-XL/2'?"),
     (["--model=DiT-XL/2@500"], "unknown model 'DiT-XL/2@500'. Did you mean 'DiT-XL/2@512'?"),
     (["--model=DiT-S/2", "--precision=bf17"], "precision must be one of .*bf16.* got 'bf17'"),

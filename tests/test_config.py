@@ -46,6 +46,20 @@ def test_print_config_lists_every_option(capsys):
     assert all(f"{key.rpartition('.')[2]}:" in printed for key in keys())
 
 
+def test_help_says_of_options_what_the_source_does(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--help"], "digits-sit")
+    printed = " ".join(capsys.readouterr().out.split())
+    for said in (
+        "noise by `diffusion`, or SiT's by `transport` (type: Literal['ddpm', 'sit'], default: sit)",
+        "--model.kv_heads KV_HEADS heads of k and v, dividing num_heads; None: as many.",
+        "data: What to train on. kind: digits (in scikit-learn)",
+        "--sample.guidance_scale GUIDANCE_SCALE 1 is no guidance (type: float, default: 2.0)",
+    ):
+        assert said in printed
+    assert "<class" not in printed
+
+
 def quick(name):
     """Whether a published preset stands for its family in the default run."""
     return name in ("DiT-S/8", "DiT-XL/2@512", "SiT-XL/2", "SiT-S/8@512", "LargeDiT-tiny/2", "LightningDiT-1p0B/1")
@@ -71,10 +85,25 @@ def test_published_presets_build_their_models(name):
 def test_every_family_has_presets():
     for name in ("SiT-S/2", "SiT-L/4@512", "LargeDiT-600M/2", "LargeDiT-3B/2", "LargeDiT-7B/2", "LightningDiT-XL/1"):
         assert name in PRESETS
-    lightning = parse_config([], "LightningDiT-1p6B/1")
-    assert (lightning.model.input_size, lightning.model.in_channels) == ((16, 16), 32)
-    assert (lightning.sample.timestep_shift, lightning.sample.guidance_interval) == (0.3, (0.125, 1.0))
-    assert lightning.transport.cosine_loss and lightning.transport.timestep_sampler == "lognormal"
+
+
+@pytest.mark.parametrize("name", ["LightningDiT-XL/1", "LightningDiT-1p6B/1"])
+def test_lightning_dit_has_its_official_recipe(name):
+    config = parse_config([], name)
+    optim, sample = config.optim, config.sample
+    assert (config.model.input_size, config.model.in_channels) == ((16, 16), 32)
+    assert config.transport.cosine_loss and config.transport.timestep_sampler == "lognormal"
+    assert (optim.lr, optim.beta1, optim.beta2, optim.weight_decay, optim.clip_norm) == (2e-4, 0.9, 0.95, 0.0, 0.0)
+    assert (optim.schedule, optim.warmup_steps, optim.ema_rates) == ("constant", 0, [0.9999])
+    assert (config.train.batch_size, config.train.steps) == (1024, 80_000)
+    assert (config.sampler, sample.method, sample.steps, sample.timestep_shift) == ("ode", "euler", 250, 0.3)
+    assert (sample.guidance_scale, sample.guidance_interval, sample.guidance_channels) == (6.7, (0.125, 1.0), 3)
+
+
+@pytest.mark.parametrize("name", ["DiT-B/4", "SiT-XL/2", "LargeDiT-3B/2"])
+def test_other_families_train_by_the_recipe_of_dit(name):
+    config, default = parse_config([], name), RunConfig()
+    assert (config.optim, config.train) == (default.optim, default.train)
 
 
 @pytest.mark.parametrize("name", ["digits", "digits-sit", "DiT-S/8", "LargeDiT-tiny/2", "LightningDiT-XL/1"])
@@ -102,6 +131,8 @@ def test_an_architecture_by_options():
         (["--lr", "1"], "unknown option 'lr'. Did you mean 'optim.lr'?"),
         (["--train.precision", "bf61"], "precision must be one of .* got 'bf61'. Did you mean 'bf16'?"),
         (["--optim.lr", "fast"], "optim.lr.*float.*fast"),
+        (["--process", "sat"], "process must be one of ddpm, sit, got 'sat'. Did you mean 'sit'?"),
+        (["--transport.path", "gpv"], "transport.path must be one of Linear, GVP, VP, got 'gpv'. Did you mean 'GVP'?"),
         (["--model.block", "adaln-zero"], "model.block.*adaln_zero.*adaln-zero"),
         (["--train.steps", "0"], "train.steps must be at least 1, got 0"),
         (["--optim.ema_rates", "[1.5]"], r"optim.ema_rates must be in .* got \[1.5\]"),

@@ -15,7 +15,9 @@ import torch
 
 from ditfast import checkpoint
 from ditfast.config import save_config
+from ditfast.logs import LossWindow
 from ditfast.train import train
+from tests.test_sit import SIT
 
 # fp32 sums are taken in another order: the rows of a batch in two halves. With Adam's usual eps a gradient that is zero
 # but for rounding (that of k's bias) moves its weight as far as any other, so the comparison uses a larger eps.
@@ -44,8 +46,9 @@ def finish(process, timeout=180):
 
 def losses(config):
     records = [json.loads(line) for line in (Path(config.out) / "log.jsonl").read_text().splitlines()]
+    terms = [name for name in LossWindow.TERMS if name in records[0]]
     return [
-        (r["step"], r["loss"], r["mse"], r["vb"], r["grad_norm"], *(b or 0.0 for b in r["loss_bins"])) for r in records
+        (r["step"], *(r[name] for name in terms), r["grad_norm"], *(b or 0.0 for b in r["loss_bins"])) for r in records
     ]
 
 
@@ -67,11 +70,13 @@ PARALLEL = {
     "mlp": {"train.recompute": "mlp"},
     "importance": {"diffusion.timestep_sampler": "loss-second-moment", "diffusion.diffusion_steps": 4},
     "bf16-fast": {"train.precision": "bf16-fast"},
+    "sit": SIT | {"transport.timestep_sampler": "lognormal", "transport.cosine_loss": True, "optim.clip_norm": 0.5},
 }
 
 
 @pytest.mark.parametrize("options", [
     PARALLEL["accumulate"],
+    PARALLEL["sit"],
     *(pytest.param(PARALLEL[name], marks=pytest.mark.full) for name in ("plain", "mlp", "importance")),
 ])  # fmt: skip
 def test_two_processes_have_the_numbers_of_one(options, tiny_run, tmp_path):

@@ -86,9 +86,10 @@ class TestTraining:
         torch.testing.assert_close(run.model.blocks[0].attn.qkv.weight.grad, expected)
 
     def test_the_loss_falls_and_is_logged_by_time(self, sit_run):
-        made = sit_run(overrides={"train.steps": 30, "train.log_every": 15, "transport.cosine_loss": True})
+        made = sit_run(overrides={"train.steps": 60, "train.log_every": 30, "transport.cosine_loss": True})
         train(made)
         first, last = records(made.out)
+        # Seeds 0 to 7 end at 0.73 to 0.80 of the first window; half as many steps ended at up to 0.88.
         assert last["loss"] < 0.9 * first["loss"] and last["loss"] == pytest.approx(last["mse"] + last["cos"])
         assert len(last["loss_bins"]) == 10 and all(last["loss_bins"])
 

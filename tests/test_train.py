@@ -15,6 +15,7 @@ from ditfast.config import PRECISIONS, ModelConfig
 from ditfast.distributed import World
 from ditfast.reproducibility import generator_for
 from ditfast.train import Trainer, lr_factor, train
+from tests.test_sit import SIT
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -304,6 +305,7 @@ class TestMemoryAndCompile:
 
     @pytest.mark.parametrize("backend, options", [
         ("aot_eager", {}),  # the whole graph, without a minute of C++ compilation
+        ("aot_eager", SIT | {"transport.cosine_loss": True}),
         *(pytest.param("inductor", o, marks=pytest.mark.full) for o in (
             {}, {"train.precision": "bf16"}, {"train.recompute": "block:2"}, {"train.precision": "bf16-fast"},
         )),

@@ -48,21 +48,50 @@ def store_pairs(row_ptr, a, b, live, HALF: tl.constexpr, PAIRS: tl.constexpr, IN
 
 
 @jit
-def load_parameter(ptr, default: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The pairs of a (head_dim) vector as rows of one, `default` everywhere where it is None."""
+def load_parameter(
+    ptr,
+    default: tl.constexpr,
+    head,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """The pairs of these heads of a (HEADS * head_dim) vector, or where it is None a row of `default`."""
     if ptr is None:
         return tl.full([1, PAIRS], default, tl.float32), tl.full([1, PAIRS], default, tl.float32)
     else:
-        one = tl.arange(0, 1)
-        return load_pairs(ptr + one, one == 0, HALF, PAIRS, INTERLEAVED)
+        return load_pairs(ptr + head * (2 * HALF), head < HEADS, HALF, PAIRS, INTERLEAVED)
 
 
 @jit
-def norm_pairs(a, b, eps, HALF: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr):
-    """The normed pairs and rstd of each row."""
+def _mean(a, b, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """The mean of each row of pairs, or of all of them."""
+    rows = tl.sum(a, 1) + tl.sum(b, 1)
+    if WIDTH:
+        return tl.sum(rows, 0) / CHANNELS
+    else:
+        return (rows / CHANNELS)[:, None]
+
+
+@jit
+def norm_pairs(a, b, live, eps, HALF: tl.constexpr, NORM: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """The normed pairs and rstd, over the CHANNELS of each row or, with WIDTH, of all rows that are live."""
     if NORM == "layer":
-        mean = ((tl.sum(a, 1) + tl.sum(b, 1)) / (2 * HALF))[:, None]
-        there = (tl.arange(0, PAIRS) < HALF)[None, :]
+        mean = _mean(a, b, CHANNELS, WIDTH)
+        there = live[:, None] & (tl.arange(0, a.shape[1]) < HALF)[None, :]
         a, b = tl.where(there, a - mean, 0.0), tl.where(there, b - mean, 0.0)
-    rstd = 1.0 / tl.sqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)[:, None]
+    rstd = 1.0 / tl.sqrt(_mean(a * a, b * b, CHANNELS, WIDTH) + eps)
+    # Squares beyond fp32's range would make it 0 and the normed pairs too, as if nothing were wrong.
+    rstd = tl.where(rstd == 0.0, float("nan"), rstd)
     return a * rstd, b * rstd, rstd
+
+
+@jit
+def norm_pairs_backward(da, db, a, b, rstd, NORM: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """The gradient of what `norm_pairs` was given, by that of its normed pairs a, b."""
+    gn = _mean(da * a, db * b, CHANNELS, WIDTH)
+    g = 0.0
+    if NORM == "layer":
+        g = _mean(da, db, CHANNELS, WIDTH)
+    return (da - g - a * gn) * rstd, (db - g - b * gn) * rstd

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class OpSpec:
     resize      makes a case with other sizes, of (case, sizes), where others follow from them; ValueError for none
     slack       by how much the RMS errors may exceed the parity budget where the method rounds once more, by the
                 tensors' names, from the inputs; None: by nothing
+    forms       the names of the cases from which on the op runs on other kernels
     """
 
     op: Op
@@ -86,6 +87,7 @@ class OpSpec:
     limits: Mapping[str, float] = field(default_factory=dict)
     slack: Callable[[Mapping[str, Any]], Mapping[str, float]] | None = None
     resize: Callable[[Case, Mapping[str, int]], Case] | None = None
+    forms: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -101,6 +103,13 @@ class OpSpec:
     def sources(self) -> tuple[Path, ...]:
         """The op's file, or all those of its package."""
         return tuple(sorted(self.source.parent.glob("*.py"))) if self.source.stem == "__init__" else (self.source,)
+
+    @property
+    def by_form(self) -> dict[str, "OpSpec"]:
+        """The spec by its name, and those of the cases of each further form by its name and theirs."""
+        names = [case.name for case in self.cases]
+        starts = {f"{self.name}-{form}": names.index(form) for form in self.forms}
+        return {self.name: self} | {name: replace(self, cases=self.cases[i:]) for name, i in starts.items()}
 
     def make_inputs(
         self,

@@ -45,14 +45,21 @@ class NormForm:
 class Architecture:
     """Sizes and forms of a diffusion transformer; the defaults are DiT-XL/2.
 
-    patch_size, hidden_size, depth: side of a square patch, width D, number of blocks.
-    num_heads, kv_heads: heads of q, dividing D, and of k and v, dividing num_heads; None: as many.
-    mlp, mlp_ratio, mlp_multiple: "gelu", D * ratio wide, or "swiglu" (arXiv:2002.05202), two thirds of that; rounded up
-        to a multiple.
+    patch_size: side of a square patch.
+    hidden_size: width D of a token.
+    depth: number of blocks.
+    num_heads: heads of q, dividing D.
+    kv_heads: heads of k and v, dividing num_heads; None: as many.
+    mlp: "gelu" or "swiglu" (arXiv:2002.05202).
+    mlp_ratio: width of the MLP over D; of a SwiGLU two thirds of that.
+    mlp_multiple: the MLP's width is rounded up to a multiple of it.
     bias: whether the linears of attention and MLP have biases.
-    block: how the conditioning enters: one of BLOCK_VARIANTS. "adaln_zero_no_shift" has scales and gates alone.
-    norm, final_norm: of the blocks and of the final layer, before their modulation; without bias, which is the shift's.
-    qk_norm, qk_norm_over: norm of q and k before the rotation, per "head" or over the whole "width"; None: none.
+    block: how the conditioning enters: "adaln_zero", "adaln" (no gates), "adaln_zero_no_shift" (scales and gates
+        alone), "cross_attention" or "in_context".
+    norm: of the blocks, before their modulation; without bias, which is the shift's.
+    final_norm: of the final layer, as norm.
+    qk_norm: norm of q and k before the rotation; None: none.
+    qk_norm_over: what qk_norm norms: each "head" or the whole "width".
     position: "sincos" (a table added to the patches), "rope_1d" over the flattened tokens or "rope_2d" over their grid
         (arXiv:2104.09864), or sincos and one of these.
     conditioning_limit: the embeddings of t and y are min(D, this) wide; None: D.

@@ -66,12 +66,9 @@ class Attention(nn.Module):
 
     def _prepare(self, rope: Rope | None, norm: NormForm | None, qkv: Tensor, *weights: Tensor | None) -> Tensor:
         """(B, T, 3 num_heads, head_dim) of qkv (B, T, N, head_dim): normed, rotated, k and v for every head of q."""
-        if norm is not None and self.over_width:
-            q, k, v = self._split(qkv)
-            qkv = torch.cat([*(_norm_rows(norm, x, *weights[i::2]) for i, x in enumerate((q, k))), v], 2)
-            norm, weights = None, 4 * (None,)
         if norm is not None or rope is not None:
-            options = {"norm": norm.kind, "eps": norm.eps} if norm else {}
+            over = "width" if self.over_width else "head"
+            options = {"norm": norm.kind, "eps": norm.eps, "over": over} if norm else {}
             qkv = kernels.qk_norm_rope(qkv, *weights, *(rope or ()), num_heads=self.num_heads, **options)
         if self.kv_heads != self.num_heads:
             q, *kv = self._split(qkv)
@@ -84,13 +81,6 @@ class Attention(nn.Module):
         if self.over_width:
             return torch.cat([*(norm(x.flatten(2)).view_as(x) for norm, x in pairs), v], 2)
         return torch.cat([*(norm(x) for norm, x in pairs), v], 2)
-
-
-def _norm_rows(norm: NormForm, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The norm of each token's heads together; its bias is a shift that is the same for all samples."""
-    shift = None if bias is None else bias.expand(len(x), -1)
-    y = kernels.adaln_modulate(x.flatten(2), shift, None, norm.eps, norm=norm.kind, weight=weight)
-    return y.view_as(x)
 
 
 class CrossAttention(nn.Module):

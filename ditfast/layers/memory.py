@@ -56,14 +56,11 @@ def _qkv_and_prepared(a: Architecture, stream: torch.dtype, compute: torch.dtype
     if not (a.rope or a.qk_norm or grouped):
         return qkv
     result = 3 * a.hidden_size * compute.itemsize if grouped else qkv
-    over_width = a.qk_norm is not None and a.qk_norm_over == "width"
     if fused:
-        return result + qkv + (qkv if over_width and a.rope else 0)
+        return result + qkv
     if a.qk_norm is None:
         return result
     normed = _qkv(a) - (a.kv_heads or a.num_heads) * a.head_dim
-    if over_width:
-        return result + qkv + normed * compute.itemsize
     if a.qk_norm.kind == "rms":
         return result + 2 * 4 * normed  # the input and what the weight multiplies, in float32
     return result + (qkv if stream == compute else 4 * normed)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from ditfast.build import build_model
+from ditfast.build import build_data, build_model, resolve_model
 from ditfast.config import PRESETS, ConfigError, RunConfig, nearest, parse_config
 from ditfast.layers import DiffusionTransformer
 from ditfast.plan.layout import Candidate, Cluster, Job, Layout, choose, layouts, weigh
@@ -17,19 +17,22 @@ from ditfast.plan.memory import POLICIES, MemoryPlan, State, plan_memory, state
 from ditfast.plan.step import Rates, Share, StepTime, rates, step_time
 from ditfast.presets import PUBLISHED
 
-# The published models, at 256 pixels or with @512.
-MODELS = [name for name in PRESETS if name.partition("@")[0] in PUBLISHED]
-
 
 def published_config(name: str, image_size: int | None = None) -> RunConfig:
-    """The preset of DiT-XL/2, DiT-XL/2@512, SiT-B/4, LightningDiT-XL/1, ... with a model for `image_size` in pixels.
+    """The preset of DiT-XL/2, DiT-XL/2@512, SiT-B/4, digits, ... with a model for `image_size` in pixels.
 
-    By default 256, or what the name ends in. ConfigError for an unknown model and for impossible sizes.
+    By default 256, or what the name ends in; the digits have their own. ConfigError for an unknown model and for
+    impossible sizes.
     """
-    if name not in MODELS:
-        raise ConfigError(f"unknown model {name!r}{nearest(name, MODELS) or '; known: ' + ', '.join(MODELS)}")
+    if name not in PRESETS:
+        raise ConfigError(f"unknown model {name!r}{nearest(name, PRESETS) or '; known: ' + ', '.join(PRESETS)}")
     network, _, pixels = name.partition("@")
     config = parse_config(["--preset", name])
+    if network not in PUBLISHED:
+        model = resolve_model(config.model, build_data(config))
+        if image_size not in (None, *(model.input_size or ())):
+            raise ConfigError(f"--image-size of {name} is that of its data, {model.input_size}; leave it out")
+        return replace(config, model=model)
     own, (side, _) = int(pixels or 256), config.model.input_size or (0, 0)
     size, latent = own if image_size is None else image_size, own // side
     unit = latent * config.model.patch_size
@@ -40,11 +43,12 @@ def published_config(name: str, image_size: int | None = None) -> RunConfig:
 
 def published_model(name: str, image_size: int | None = None) -> DiffusionTransformer:
     """The model of `published_config` on the meta device."""
+    model = published_config(name, image_size).model
     with torch.device("meta"):
-        return build_model(published_config(name, image_size).model)
+        return build_model(model)
 
 
 __all__ = [
-    "MODELS", "POLICIES", "Candidate", "Cluster", "Job", "Layout", "MemoryPlan", "Rates", "Share", "State", "StepTime",
+    "POLICIES", "Candidate", "Cluster", "Job", "Layout", "MemoryPlan", "Rates", "Share", "State", "StepTime",
     "choose", "layouts", "plan_memory", "published_config", "published_model", "rates", "state", "step_time", "weigh",
 ]  # fmt: skip

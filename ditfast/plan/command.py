@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
         description="Predict step time, memory and communication of a training, and propose how to spread it over GPUs "
         "and what to recompute. Nothing is run; no GPU is needed.",
     )  # fmt: skip
-    made.add_argument("--model", help="DiT-XL/2, DiT-XL/2@512, ...")
+    made.add_argument("--model", help="a preset of ditfast train: DiT-XL/2, DiT-XL/2@512, digits, ...")
     made.add_argument("--config", help="in its place a YAML file of a run; its batch, precision, EMAs are taken too")
     made.add_argument("--image-size", type=int, help="of --model in pixels")
     made.add_argument("--gpu", help="h100, a100-40gb, ...; by default the one here")

@@ -197,7 +197,8 @@ def stream_bytes(
     elementwise = (blocks * sites + 1) * (site["fwd"] + site["bwd"]) + again * sites * site["fwd"]
     if a.rope or a.qk_norm:
         heads = {"N": a.qkv_heads, "head_dim": a.head_dim, "half": a.head_dim // 2}
-        # Its parameters and angles are a thousandth of what it moves.
+        # Its parameters and angles are a thousandth of what it moves, whatever a norm is over.
+        heads |= dict.fromkeys(("q_channels", "k_channels"), a.head_dim)
         without = _spec("qk_norm_rope").optional
         turned = _op_bytes("qk_norm_rope", sizes | heads, compute, False, without, num_heads=a.num_heads, norm="none")
         elementwise += blocks * sum(turned.values()) + again * turned["fwd"]

@@ -8,7 +8,9 @@ import torch
 
 from ditfast.kernels import OPS, _rows, _triton, parity
 
-KERNELS = [pytest.param(spec, id=spec.name) for spec in OPS if "triton" in spec.op.backends]
+KERNELS = [
+    pytest.param(form, id=name) for spec in OPS if "triton" in spec.op.backends for name, form in spec.by_form.items()
+]
 
 
 def both_passes(spec, device, generator):

@@ -11,7 +11,12 @@ from ditfast.kernels import OPS, adaln_modulate, attention_qkvpacked, parity
 from ditfast.kernels.attention.libraries import aligned
 
 # What an op works on in place must be contiguous, which its own checks see to.
-KERNELS = [pytest.param(spec, id=spec.name) for spec in OPS if "triton" in spec.op.backends and not spec.mutates]
+KERNELS = [
+    pytest.param(form, id=name)
+    for spec in OPS
+    if "triton" in spec.op.backends and not spec.mutates
+    for name, form in spec.by_form.items()
+]
 
 
 def assert_equal_bits(spec, inputs, douts):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ditfast.kernels import OPS, _activations, _gemm, _heads, _norm, _rows, parity
+from ditfast.kernels.qk_norm_rope import head, width
 
 # op -> (kernel, what is wrong, the right text, the wrong one, and the case that shows it where the default ones do not)
 BUGS = {
@@ -112,12 +113,29 @@ BUGS = {
         ("fwd", "unwritten last token", "live = token < T", "live = token < T - 1", "odd"),
         ("bwd", "rotated forwards", "da * cos + db * sin, db * cos - da * sin",
          "da * cos - db * sin, da * sin + db * cos", "odd"),
-        ("bwd", "forgotten mean of g", "(da - g - a * gn)", "(da - a * gn)", "odd"),
-        ("bwd", "forgotten mean of g n", "(db - g - b * gn)", "(db - g)", "mixed"),
+        ("norm_pairs_backward", "forgotten mean of g", "(da - g - a * gn)", "(da - a * gn)", "odd", "width"),
+        ("norm_pairs_backward", "forgotten mean of g n", "(db - g - b * gn)", "(db - g)", "mixed", "width"),
         ("bwd", "dweight after the weight", "tl.sum(da * a, 0)", "tl.sum(da * weight_a * a, 0)", "odd"),
-        ("bwd", "sums of k over those of q", "row = section *", "row = 0 *", "odd"),
-        ("norm_pairs", "eps forgotten", "+ eps)", ")", "strided"),
-        ("norm_pairs", "forgotten mean", "a - mean,", "a,", "odd"),
+        ("bwd", "sums of k over those of q", "section == 0, q_partial_ptr", "section < 2, q_partial_ptr", "odd"),
+        ("norm_pairs", "eps forgotten", "+ eps)", ")", "strided", "width_strided"),
+        ("norm_pairs", "forgotten mean", "a - mean,", "a,", "odd", "width"),
+        ("width_fwd", "k over q's channels", "(N, HEADS, KV_HEADS,", "(N, HEADS, HEADS,", "width"),
+        ("width_fwd", "k with q's weight", "k_weight_ptr, k_bias_ptr, cos_ptr",
+         "q_weight_ptr, k_bias_ptr, cos_ptr", "width"),
+        ("width_fwd", "v normed too", "(N, HEADS + KV_HEADS, KV_HEADS, KV_TILE, HALF, PAIRS, \"none\"",
+         "(N, HEADS + KV_HEADS, KV_HEADS, KV_TILE, HALF, PAIRS, NORM", "width"),
+        ("width_bwd", "sums of k over those of q", "dx_ptr, k_partial_ptr", "dx_ptr, q_partial_ptr", "width"),
+        ("forward_heads", "statistics over one head", "HEADS * 2 * HALF, True)", "2 * HALF, False)", "width"),
+        ("forward_heads", "sample 0 for all", "sample * stride_xb", "0 * stride_xb", "width"),
+        ("forward_heads", "angles of token 0", "cos_ptr, token, stride_cos", "cos_ptr, token, 0", "width"),
+        ("forward_heads", "unwritten last token", "tl.minimum(first + ROWS, T)", "tl.minimum(first + ROWS, T - 1)",
+         "width"),
+        ("backward_heads", "missing gradient of the bias", "dbias_b += db", "dbias_b += 0.0 * db", "width"),
+        ("backward_heads", "dweight after the weight", "dweight_a += da * a", "dweight_a += da * a * weight_a",
+         "width"),
+        ("backward_heads", "rotated forwards", "da * cos + db * sin, db * cos - da * sin",
+         "da * cos - db * sin, da * sin + db * cos", "width"),
+        ("backward_heads", "sums of the first chunk", "(chunk * (2 * HEADS) + head)", "(0 * chunk + head)", "width"),
     ),
     "gelu_mlp": (
         ("fwd", "missing bias", "+ bias[None, :]", "+ 0.0 * bias[None, :]", "odd"),
@@ -209,7 +227,7 @@ SPECS = {spec.name: spec for spec in OPS}
 # The jit functions of several ops, by the names that BUGS has for them.
 SHARED = {
     function.removeprefix("_").removesuffix("_kernel"): (module, function)
-    for module in (_rows, _norm, _gemm, _activations, _heads)
+    for module in (_rows, _norm, _gemm, _activations, _heads, head, width)
     for function, value in vars(module).items()
     if isinstance(value, type(_norm._norm_fwd_kernel)) and inspect.unwrap(value.fn).__module__ == module.__name__
 }
@@ -231,6 +249,7 @@ def cases_of(name: str, *only: str):
             if (case.name == "xl" and (which, dtype) != ("fwd", torch.bfloat16))
             or (case.name == "tiles" and dtype != torch.bfloat16)
             or (name in ("gelu_mlp", "swiglu_mlp", "qk_norm_rope") and dtype == torch.float16)
+            or (case.name == "width" and dtype == torch.float32)
             else [],
         )
         for name, bugs in BUGS.items()
@@ -244,9 +263,9 @@ def test_planted_bug_is_rejected(name, which, right, wrong, case, dtype, device,
     spec = SPECS[name]
     own = importlib.import_module(spec.fn.__module__)
     default = (own, f"_{name}_{which}_kernel" if which else f"_{name}_kernel")
-    module, function = SHARED.get(which, default)
+    module, function = SHARED.get(which) or SHARED.get(f"{name}_{which}", default)
     if not function.endswith("_kernel") and device == "cuda":
         pytest.skip("what calls it is compiled already")
-    plant([module], function, right, wrong, users=(own, _gemm))
+    plant([module], function, right, wrong, users=(own, _gemm, head, width))
     verdicts = parity.check(spec, spec.make_inputs(case, dtype, device, generator), "triton", generator)
     assert not all(verdict.ok for verdict in verdicts), verdicts

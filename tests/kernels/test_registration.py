@@ -15,7 +15,12 @@ from ditfast.kernels import OPS, parity
 from ditfast.kernels.spec import RawCalls
 
 SPECS = [pytest.param(spec, id=spec.name) for spec in OPS]
-KERNELS = [pytest.param(spec, id=spec.name) for spec in OPS if "triton" in spec.op.backends]
+KERNELS = [
+    pytest.param(form, id=name, marks=[pytest.mark.full] if form is not spec else [])
+    for spec in OPS
+    if "triton" in spec.op.backends
+    for name, form in spec.by_form.items()
+]
 ROOT = Path(__file__).parents[2]
 
 

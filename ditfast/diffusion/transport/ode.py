@@ -1,6 +1,5 @@
 """The probability flow by torchdiffeq's solvers: adaptive steps, and the likelihood of data."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -114,10 +113,4 @@ class OdeLikelihood(_Solver):
             return v.detach(), (slope * signs).flatten(1).sum(1)
 
         ends, gained = self._solve(field, (x, x.new_zeros(len(x))), x.device)
-        return standard_normal_log_density(ends[-1]) + gained[-1], ends[-1]
-
-
-def standard_normal_log_density(z: Tensor) -> Tensor:
-    """log N(z; 0, 1) (B,) of noise z (B, ...), in nats."""
-    z = z.flatten(1)
-    return -0.5 * (z.shape[1] * math.log(2 * math.pi) + z.square().sum(1))
+        return self._transport.prior_logp(ends[-1]) + gained[-1], ends[-1]

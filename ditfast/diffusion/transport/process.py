@@ -1,6 +1,7 @@
 """The training process: x_t on a path, a network's loss at t, and the velocity and score that its output means."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from ditfast.kernels.bound import mean_flat
 
 from ..schedules import unknown_name
 from ..types import Model
+from .diffusion_forms import check_form
 from .paths import PATHS, PREDICTIONS, Affine, Point, noise_of, shift_timesteps, velocity_of
 
 LOSS_WEIGHTS = ("none", "velocity", "likelihood")
@@ -60,6 +62,44 @@ class Transport:
         """The times (t0, t1) between which nothing is infinite, with `eps` kept off; 1 - last_step_size ends an SDE."""
         t1 = 1 - (last_step_size or eps)
         return (0.0 if self.path_type == "VP" else eps), t1
+
+    def check_interval(
+        self,
+        train_eps: float,
+        sample_eps: float,
+        *,
+        diffusion_form: str = "SBDM",
+        sde: bool = False,
+        reverse: bool = False,
+        eval: bool = False,
+        last_step_size: float = 0.0,
+    ) -> tuple[float, float]:
+        """The times (t0, t1) that the official code trains and samples between, with its arguments.
+
+        As `interval` of sample_eps where `eval` is set, else of train_eps, but that on Linear and GVP a velocity needs
+        no eps along the ODE, and along an SDE none at t = 0 but for SBDM. (A transport made with an eps of its own
+        keeps it off all the same: see `create_transport`.)
+
+        Args:
+            sde: an SDE's, which alone has a last step: it ends at 1 - last_step_size where that is not 0.
+            reverse: gives (1 - t0, 1 - t1): from data to noise where the interval is symmetric. On VP that starts at
+                t = 1, where its velocity is infinite; `Sampler.sample_ode` goes back through the same times instead.
+
+        Raises:
+            ValueError: an unknown diffusion_form (it says the nearest).
+        """
+        check_form(diffusion_form)
+        eps = sample_eps if eval else train_eps
+        needless = self.path_type != "VP" and self.prediction == "velocity"
+        t0, t1 = self.interval(0.0 if needless and not sde else eps, last_step_size if sde else 0.0)
+        if needless and diffusion_form != "SBDM":
+            t0 = 0.0
+        return (1 - t0, 1 - t1) if reverse else (t0, t1)
+
+    def prior_logp(self, z: Tensor) -> Tensor:
+        """The log density (B,) of the prior N(0, 1) at noise z (B, ...), in nats; of half precision in fp32."""
+        z = z.to(torch.promote_types(z.dtype, torch.float32)).flatten(1)
+        return -0.5 * (z.shape[1] * math.log(2 * math.pi) + z.square().sum(1))
 
     def sample_timesteps(
         self, batch_size: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None
@@ -139,6 +179,14 @@ class Transport:
         by_x, by_pred = noise_of(self.prediction, at)
         form = Affine(-by_x / at.sigma, -by_pred / at.sigma)
         return _apply(form, x, checked_output(model(x, t, **model_kwargs), x))
+
+    def get_drift(self) -> Callable[..., Tensor]:
+        """`drift`, as the official code is asked for it: a function (x, t, model, **model_kwargs)."""
+        return self.drift
+
+    def get_score(self) -> Callable[..., Tensor]:
+        """`score`, as `get_drift`."""
+        return self.score
 
 
 def checked_times(t: Tensor, x: Tensor) -> Tensor:

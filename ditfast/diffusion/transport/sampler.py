@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from ..schedules import unknown_name
+from .diffusion_forms import Diffusion
 from .loops import OdeSteps, SdeSteps
 from .ode import TORCHDIFFEQ_METHODS, OdeLikelihood, OdeSolver
 from .paths import shift_timesteps
 from .process import Transport
-from .steps import LAST_STEPS, Diffusion, check_finite, last_row, step_table
+from .steps import LAST_STEPS, check_finite, last_row, step_table
 
 # Whether a step is Heun's, by name: the ODE's are torchdiffeq's names, the SDE's the official ones.
 _ODE_STEPS = {"euler": False, "heun2": True}

@@ -79,9 +79,14 @@ def _normed_and_rotated(norm: Norm, rotation: Rotation, inputs: dict[str, Any]) 
     kv_heads = (packed.shape[2] - heads) // 2
     q, k, v = packed.split((heads, kv_heads, kv_heads), 2)
     kind, eps = inputs.get("norm", "none"), inputs.get("eps", 1e-6)
+
+    def normed(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+        rows = x.flatten(2) if inputs.get("over") == "width" else x
+        return norm(rows.contiguous(), weight, bias, eps, kind).view(x.shape)
+
     if kind != "none":
-        q = norm(q.contiguous(), inputs["q_weight"], inputs["q_bias"], eps, kind)
-        k = norm(k.contiguous(), inputs["k_weight"], inputs["k_bias"], eps, kind)
+        q = normed(q, inputs["q_weight"], inputs["q_bias"])
+        k = normed(k, inputs["k_weight"], inputs["k_bias"])
     if inputs["cos"] is not None:
         q, k = rotation(q, k, inputs["cos"], inputs["sin"])
     return torch.cat((q, k, v), 2).view(qkv.shape)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ditfast.diffusion import create_transport
+from ditfast.diffusion import Sampler, create_transport
 from ditfast.kernels import _triton
 from ditfast.kernels._op import Op
 
@@ -36,7 +36,7 @@ def test_losses_golden(sit_golden, sit_model, name):
 def test_drift_and_score_golden(sit_golden, sit_model, name):
     kind, path, prediction = name.split("/")
     t = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)  # not in the file's metadata, but in its values
-    value = getattr(create_transport(path, prediction), kind)(sit_golden["in/init"], t, sit_model)
+    value = getattr(create_transport(path, prediction), f"get_{kind}")()(sit_golden["in/init"], t, sit_model)
     assert close(value, sit_golden[name])
 
 
@@ -57,6 +57,82 @@ def test_intervals(path, prediction, train, sample):
     assert transport.interval(transport.sample_eps) == sample
     given = create_transport(path, prediction, train_eps=0.1)
     assert (given.train_eps, given.sample_eps) == (0.1, transport.sample_eps)
+
+
+SDE, LAST = {"sde": True}, {"last_step_size": 0.04}
+
+
+@pytest.mark.parametrize(
+    ("path", "prediction", "options", "expected"),
+    [
+        ("Linear", "velocity", {}, (0, 1)),
+        ("Linear", "velocity", {"eval": True} | LAST, (0, 1)),
+        ("Linear", "velocity", {"reverse": True}, (1, 0)),
+        ("Linear", "velocity", SDE, (0.01, 0.99)),
+        ("GVP", "velocity", SDE | LAST | {"eval": True}, (0.001, 0.96)),
+        ("GVP", "velocity", SDE | {"diffusion_form": "sigma"}, (0, 0.99)),
+        ("Linear", "velocity", SDE | LAST | {"reverse": True}, (0.99, 0.04)),
+        ("GVP", "noise", {}, (0.01, 0.99)),
+        ("Linear", "score", {"eval": True}, (0.001, 0.999)),
+        ("GVP", "noise", SDE | LAST | {"eval": True, "diffusion_form": "sigma"}, (0.001, 0.96)),
+        ("Linear", "noise", {"reverse": True}, (0.99, 0.01)),
+        ("VP", "velocity", {}, (0, 0.99)),
+        ("VP", "score", {"eval": True}, (0, 0.999)),
+        ("VP", "velocity", SDE | LAST, (0, 0.96)),
+        ("VP", "noise", LAST, (0, 0.99)),
+        ("VP", "velocity", {"reverse": True}, (1, 0.01)),
+    ],
+)
+def test_the_official_interval(path, prediction, options, expected):
+    """Of eps 0.01 in training and 0.001 in sampling."""
+    assert create_transport(path, prediction).check_interval(0.01, 0.001, **options) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("path", ["Linear", "GVP", "VP"])
+@pytest.mark.parametrize("prediction", ["velocity", "noise"])
+@pytest.mark.parametrize("form", ["SBDM", "sigma"])
+def test_the_sampler_runs_through_the_official_interval(path, prediction, form):
+    transport = create_transport(path, prediction)
+    eps = transport.train_eps, transport.sample_eps
+    loop = Sampler(transport).sample_sde(diffusion_form=form, num_steps=5)
+    t0, t1 = transport.check_interval(*eps, diffusion_form=form, sde=True, eval=True, last_step_size=0.04)
+    assert (loop.timesteps[0], loop.timesteps[-1]) == pytest.approx((t0, t1), abs=1e-15)
+    loop = Sampler(transport).sample_ode(sampling_method="heun2", num_steps=5)
+    assert (loop.timesteps[0], loop.timesteps[-1]) == pytest.approx(
+        transport.check_interval(*eps, eval=True), abs=1e-15
+    )
+
+
+def test_an_unknown_form_has_no_interval():
+    with pytest.raises(ValueError, match="unknown diffusion_form 'sigm'; did you mean 'sigma'"):
+        create_transport().check_interval(0.0, 0.0, diffusion_form="sigm", sde=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_prior_log_density(dtype):
+    z = 5 * torch.randn(3, 4, 30, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(z.double()).flatten(1).sum(1)
+    found = create_transport().prior_logp(z)
+    assert found.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-13 if dtype is torch.float64 else 1e-6, atol=0)
+
+
+@pytest.mark.parametrize("path", ["Linear", "GVP", "VP"])
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "score"])
+def test_drift_and_score_are_those_of_the_samplers(path, prediction, sit_model):
+    """A step of Euler, of the ODE and of the SDE with w = 0.7, in float64."""
+    transport = create_transport(path, prediction, sample_eps=0.1)
+    drift, score = transport.get_drift(), transport.get_score()
+    sampler, generator = Sampler(transport), torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, 3, 2, 4, 4, generator=generator, dtype=torch.float64)
+    ode = sampler.sample_ode(sampling_method="euler", num_steps=3)
+    t, dt = ode.timesteps[0], ode.timesteps[1] - ode.timesteps[0]
+    at = torch.full((3,), t, dtype=torch.float64)
+    torch.testing.assert_close(ode(x, sit_model)[1], x + dt * drift(x, at, sit_model), rtol=1e-12, atol=1e-12)
+    sde = sampler.sample_sde(diffusion_form="constant", diffusion_norm=0.7, num_steps=3, last_step=None)
+    found = next(sde.progressive(sit_model, x, noise_fn=lambda _: noise))
+    expected = x + dt * (drift(x, at, sit_model) + 0.7 * score(x, at, sit_model)) + math.sqrt(1.4 * dt) * noise
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "score"])
