@@ -104,8 +104,8 @@ def print_plan(plan: Plan, name: str, precision: str) -> None:
     head = ("", "data", "tensor", "seq", "sharded", "recompute", "GB", "ms", "comm", "img/s", "MFU", "")
     console.print(_aligned([head, *(_line(plan, each) for each in plan.candidates)], left=(4, 5)))
     console.print(
-        "* is in ditfast, the others are not yet. GB: of a GPU; ms: of a step; comm: ms of\n"
-        "communication among them that nothing hides; seq: sequence parallel."
+        "* is in ditfast, the others are not yet. GB: of a GPU; ms: of a step; comm: ms\n"
+        "of communication among them that nothing hides; seq: sequence parallel."
     )
     for title, candidate in {"proposed": plan.proposed, "runs today": plan.today}.items():
         if candidate is None:
