@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
@@ -23,11 +24,13 @@ COMMANDS: dict[str, str] = {
     "compare": "bench.compare",
     "report": "bench.report.page",
 }
+INTERRUPTED = 130  # the shell's status of what ended by SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a suite or a tool; a suite's status is 1 where ditfast failed parity or raised, 2 for what it was given, 5,
-    as pytest's, where no job is of the name asked for, and 0 without a GPU. After Ctrl-C or SIGTERM it is 130.
+    as pytest's, where no job is of the name asked for, and 0 without a GPU. After Ctrl-C or SIGTERM it is 130,
+    and the rows measured until then are kept.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _main(argv)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def _main(argv: Sequence[str]) -> int:
@@ -51,7 +54,7 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def suite(options: argparse.Namespace) -> int:
-    """Measures a suite, prints its table; the exit status."""
+    """Measures a suite, prints its table, also of a part after Ctrl-C; the exit status."""
     device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scale, here = scale_of(device, options.small), machine(device)
     results = resume(options.json, here)
@@ -59,20 +62,26 @@ def suite(options: argparse.Namespace) -> int:
     found = limits.of(device)
     results.limits = limits.as_dict(found)
     settings = Settings(device, found, scale.rounds, scale.seconds, here["cache_bytes"])
-    left = run(
-        module.contests(Options(device, scale)),
-        results,
-        settings,
-        seconds=options.seconds,
-        only=options.only,
-        retry=options.retry,
-        path=options.json,
-    )
+    left: int | None = None
+    with suppress(KeyboardInterrupt):  # what was measured until then is told, as after any other end
+        left = run(
+            module.contests(Options(device, scale)),
+            results,
+            settings,
+            seconds=options.seconds,
+            only=options.only,
+            retry=options.retry,
+            path=options.json,
+        )
     rows = [row for row in results.rows if row.suite == options.suite]
     print(getattr(module, "table", table)(rows))
     print(f"on {here['device']}, {here['threads']} threads, torch {here['torch']}, commit {here['commit']}")
+    goes_on = "; the same command goes on" if options.json else ""
+    if left is None:
+        print(f"interrupted after {len(rows)} rows{goes_on}")
+        return INTERRUPTED
     if left:
-        print(f"out of time: {left} jobs are left" + ("; the same command goes on" if options.json else ""))
+        print(f"out of time: {left} jobs are left{goes_on}")
     return int(bool(failures(rows)))
 
 

@@ -14,9 +14,16 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from ditfast.precision import Precision
+
 EACH, TOGETHER = 3.0, 2.0
 EACH_FP32 = 6.0
 Tensors = Mapping[str, Tensor]
+
+
+def each_of(precision: Precision) -> float:
+    """The budget of a tensor under a precision policy."""
+    return EACH_FP32 if precision == Precision() else EACH
 
 
 @dataclass(frozen=True)

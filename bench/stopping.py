@@ -1,4 +1,4 @@
-"""SIGTERM as Ctrl-C: whoever is stopped, as by `timeout`, takes its temporary files and processes with it."""
+"""Ctrl-C and SIGTERM alike: whoever is stopped, as by `timeout`, takes its temporary files and processes with it."""
 
 import signal
 from collections.abc import Iterator
@@ -8,15 +8,19 @@ from types import FrameType
 
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt inside, as Ctrl-C does."""
+    """SIGINT and SIGTERM raise KeyboardInterrupt inside; one that the parent has set to be ignored stays ignored."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         # A DataLoader whose workers are stopped as well would raise from it, in place of what is raised here.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in heard:
+            signal.signal(number, before[number])

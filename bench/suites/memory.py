@@ -1,19 +1,22 @@
 """Activation bytes per token and layer: the storages alive behind a forward, beside what layers/memory.py estimates.
 
 Four layers and two samples more keep so many bytes more: that leaves out the weights, the embedders and the final
-layer. On a GPU the allocator's figure stands beside it, which rounds every tensor up to 512 bytes.
+layer. First the outputs have to be right, and the gradients that are made of what was kept. On a GPU the allocator's
+figure stands beside it, which rounds every tensor up to 512 bytes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.baselines import FLOAT64
 from bench.contest import Settings
-from bench.exactness import Truth
-from bench.oracles import Recipe, build_reference
+from bench.exactness import Truth, each_of
+from bench.oracles import Recipe, build_reference, ditfast_names
 from bench.rows import DITFAST, EAGER, Job, Row
 from bench.storages import Storages
 from bench.suites import Options
@@ -21,7 +24,7 @@ from bench.training import fill_zeros, label, model_config, random_batch
 from ditfast.build import build_model, predictor
 from ditfast.config import PRECISIONS, ModelConfig, Precision
 from ditfast.kernels import backend_of
-from ditfast.layers import activation_bytes
+from ditfast.layers import DiffusionTransformer, activation_bytes
 from ditfast.plan import POLICIES
 
 DEPTHS = (4, 8)  # whose difference has `block:4`'s share of blocks computed again
@@ -56,29 +59,23 @@ class MemoryJob:
                 model = build_model(replace(config, depth=depth))
             return activation_bytes(model, self.recompute, 1, precision.stream, precision.compute, fused)
 
-        per_token = self._per_token([estimate(depth) for depth in DEPTHS])
-        measured, allocated = self._measured(self._ours)
-        figures = {
-            "bytes_per_token_layer": measured,
-            "estimate_per_token_layer": per_token,
-            "error_percent": 100 * (per_token / measured - 1),
-            "allocated_per_token_layer": allocated,
-        }
-        rows = [self._row(DITFAST, figures, self._ours)]
+        rows = [self._row(DITFAST, self._ours, self._per_token([estimate(depth) for depth in DEPTHS]))]
         if self.recompute in PEERS:
             provider, recipe = PEERS[self.recompute]
-
-            def build(config: ModelConfig) -> nn.Module:
-                return self._reference(config, recipe)
-
-            measured, allocated = self._measured(build)
-            figures = {"bytes_per_token_layer": measured, "allocated_per_token_layer": allocated}
-            rows.append(self._row(provider, figures, build))
+            rows.append(self._row(provider, partial(self._reference, recipe=recipe)))
         return rows
 
-    def _row(self, provider: str, figures: dict[str, float | None], build: Callable[[ModelConfig], nn.Module]) -> Row:
-        wrong = self._wrong(build)
-        extra = {"policy": self.recompute, "precision": self.precision, **({"refused": wrong} if wrong else figures)}
+    def _row(self, provider: str, build: Callable[[ModelConfig], nn.Module], estimate: float | None = None) -> Row:
+        """What a provider's blocks keep, beside an estimate of it, where they are right."""
+        figures: dict[str, Any]
+        if wrong := self._wrong(build):
+            figures = {"refused": wrong}
+        else:
+            measured, allocated = self._measured(build)
+            figures = {"bytes_per_token_layer": measured, "allocated_per_token_layer": allocated}
+            if estimate is not None:
+                figures |= {"estimate_per_token_layer": estimate, "error_percent": 100 * (estimate / measured - 1)}
+        extra = {"policy": self.recompute, "precision": self.precision, **figures}
         return Row(*self.job[:2], provider, *self.job[2:], extra=extra)
 
     def _per_token(self, bytes_of_depths: Sequence[float]) -> float:
@@ -115,18 +112,21 @@ class MemoryJob:
         return build_reference(config, weights, recipe).to(PRECISIONS[self.precision].params)
 
     def _wrong(self, build: Callable[[ModelConfig], nn.Module]) -> str | None:
-        """None where a model's outputs are within the budgets of exactness.py, else what is wrong with them."""
+        """None where a model's outputs and gradients are within the budgets of exactness.py, else what is wrong."""
         config, own = replace(model_config(self.model, self.pixels), depth=DEPTHS[0]), PRECISIONS[self.precision]
         x, y, t, *_ = random_batch(config, 1, self.device)
 
-        @torch.no_grad()
-        def outputs(model: nn.Module, precision: Precision) -> dict[str, Tensor]:
+        def results(model: nn.Module, precision: Precision) -> dict[str, Tensor]:
             with precision.autocast(self.device):
-                return {"outputs": model.eval()(x.to(precision.params), t, y)}
+                out = model.eval()(x.to(precision.params), t, y)
+            out.to(torch.promote_types(out.dtype, torch.float32)).square().mean().backward()
+            grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            ours = isinstance(model, DiffusionTransformer)
+            return {"outputs": out.detach()} | (grads if ours else ditfast_names(config, grads))
 
         oracles = ((self._reference(config, Recipe()).to(precision.params), precision) for precision in (FLOAT64, own))
-        exact, eager = (outputs(*oracle) for oracle in oracles)
-        return Truth(exact, eager).judge(outputs(build(config), own))
+        exact, eager = (results(*oracle) for oracle in oracles)
+        return Truth(exact, eager, each_of(own)).judge(results(build(config), own))
 
     def _kept(self, model: nn.Module, batch: int) -> tuple[int, int]:
         """Bytes behind a forward: storages alive, and what the allocator holds more than before (0 on a CPU)."""

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from bench.baselines import FLOAT64, Baseline
 from bench.contest import Contest, Settings
-from bench.exactness import EACH, EACH_FP32, Truth
+from bench.exactness import Truth, each_of
 from bench.oracles import Recipe
 from bench.power import Sampler
 from bench.rows import COMPILE, DITFAST, EAGER, Job, Row
 from bench.suites import Options
 from bench.timing import Timing
-from bench.training import label, random_batch, run_config, trainer_for
+from bench.training import SizedJob, label, random_batch, run_config, trainer_for
 from bench.update import Update
 from ditfast.config import ConfigError, Precision, TrainConfig
 from ditfast.cuda_graph import WARMUP, CudaGraph, check_cuda_graph
@@ -42,14 +42,9 @@ ORACLE, CHUNK = Recipe(checkpointed=True), 8
 
 
 @dataclass(frozen=True)
-class TrainingJob:
+class TrainingJob(SizedJob):
     """A size's training step: under the default recompute policy with its peers, or under the one named, alone."""
 
-    model: str
-    pixels: int
-    batch: int
-    precision: str
-    device: torch.device
     recompute: str | None = None
     compile: bool = True
 
@@ -167,7 +162,7 @@ class Steps:
         exact = self._baseline(ORACLE, FLOAT64).gradients([_doubled(v) for v in self.batch], CHUNK)
         precision = self.trainer.config.precision
         eager = self._baseline(ORACLE, precision).gradients(self.batch, CHUNK)
-        return Truth(exact, eager, EACH_FP32 if precision == Precision() else EACH)
+        return Truth(exact, eager, each_of(precision))
 
     def _update(self) -> Update:
         weights = {name: w.clone() for name, w in self.trainer.optimizer.state_tensors()["model"].items()}
@@ -248,10 +243,10 @@ JOBS: dict[str, tuple[tuple[str, int, int, tuple[str, ...], tuple[str, ...]], ..
     ),
     "cpu": (
         ("DiT-S/2 of 2 layers", 256, 4, ("fp32",), ()),
-        ("DiT-S/2 of 2 layers", 256, 4, ("bf16",), ("ops", "block", "none", "mlp")),
-        ("SiT-S/2 of 2 layers", 256, 4, ("fp32",), ()),
-        ("LightningDiT-B/1 of 2 layers", 256, 2, ("fp32",), ()),
         ("LargeDiT-tiny/2", 256, 4, ("fp32",), ()),
+        ("SiT-S/2 of 2 layers", 256, 2, ("fp32",), ()),
+        ("LightningDiT-B/1 of 2 layers", 128, 2, ("fp32",), ()),
+        ("DiT-S/2 of 2 layers", 256, 4, ("bf16",), ("ops", "block", "none", "mlp")),
     ),
     "gpu": (
         ("DiT-XL/2", 256, 256, ("bf16", "bf16-fast", "fp16"), ("ops", "mlp", "block")),

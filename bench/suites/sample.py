@@ -1,8 +1,9 @@
-"""Milliseconds per image of DDPM-250 and DDIM-50 with guidance: ditfast as `ditfast sample` draws, and its peers.
+"""Milliseconds per image of every family's sampling with guidance: ditfast as `ditfast sample` draws, and its peers.
 
+DiT and LargeDiT by DDPM-250 and DDIM-50, SiT and LightningDiT along their path, by the ODE and, of SiT, the SDE.
 ditfast computes the modulation ahead and, on a GPU, replays CUDA graphs, whose recording is in its time as it is in the
-command's. The peers are the reference model, eager and under torch.compile, in the loop of the official script: a
-doubled batch, moments op by op.
+command's. The peers are the reference model, eager and under torch.compile, in the loop of the official scripts: a
+doubled batch, moments op by op. Every step is guided: LightningDiT's interval, which spares some, is left away.
 """
 
 import gc
@@ -21,18 +22,19 @@ from bench.oracles import Recipe, build_reference
 from bench.rows import COMPILE, DITFAST, EAGER, Job, Row
 from bench.suites import Options
 from bench.timing import Timing
-from bench.training import fill_zeros, label, model_config
+from bench.training import fill_zeros, label, run_config
 from ditfast.build import build_diffusion, build_model
-from ditfast.config import PRECISIONS, Precision, RunConfig, SampleConfig, TrainConfig
+from ditfast.config import PRECISIONS, Precision, TrainConfig
 from ditfast.cuda_graph import WARMUP
 from ditfast.diffusion import SpacedDiffusion
+from ditfast.diffusion.transport.paths import shift_timesteps
 from ditfast.layers import forward_macs
 from ditfast.sample import Network, SampleNoise, cycle_labels, draw
 
 NO_GRAPH = f"{DITFAST} without graph"
 PEERS = {EAGER: Recipe(sdpa=True), COMPILE: Recipe(sdpa=True, compiled=True)}
 GUIDANCE = 4.0
-# Of both samplers' loops, for parity: float64 over 250 would take longer than the timing. After the calls before a
+# Of the samplers' loops, for parity: float64 over 250 would take longer than the timing. After the calls before a
 # graph's recording and the one recorded come replays with other inputs, whatever form the last step has.
 CHECKED_STEPS = WARMUP + 5
 
@@ -88,11 +90,12 @@ class Samplers:
     def __init__(self, job: SamplingJob):
         gc.collect()  # As these do, those before refer to themselves, and would keep their models beside these.
         self.job, self.device, self.precision = job, job.device, PRECISIONS[job.precision]
-        self.config = RunConfig(
-            model=model_config(job.model, job.pixels),
-            train=TrainConfig(precision=job.precision),
-            sample=SampleConfig(job.sampler, job.steps, GUIDANCE, batch_size=job.batch),  # type: ignore[arg-type]
-        )
+        config = run_config(job.model, job.pixels)
+        options = replace(
+            config.sample, sampler=job.sampler, steps=job.steps, guidance_scale=GUIDANCE, guidance_interval=None,
+            batch_size=job.batch,
+        )  # fmt: skip
+        self.config = replace(config, train=TrainConfig(precision=job.precision), sample=options)
         with self.device:
             model = build_model(self.config.model)
         fill_zeros(model.parameters())
@@ -123,10 +126,9 @@ class Samplers:
         steps: int,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """The samples by the official script's loop in `dtype`, with ditfast's noise."""
-        ddim = self.job.sampler == "ddim"
-        config, null = self.config.model, self.network.num_classes
-        process = build_diffusion(self.config.diffusion, config.learn_sigma, f"ddim{steps}" if ddim else str(steps))
+        """The samples by the official scripts' loop in `dtype`, with ditfast's noise."""
+        null, loop = self.network.num_classes, self._loop(steps)
+        config = self.config.model
         assert config.in_channels is not None and config.input_size is not None
         shape, drawn = (config.in_channels, *config.input_size), []
         for start in range(0, len(self.labels), self.job.batch):
@@ -135,10 +137,27 @@ class Samplers:
             both = torch.cat([y, torch.full_like(y, null)])
             with torch.no_grad(), attention():
                 x = doubled(draw_noise().to(dtype))
-                for i in reversed(range(process.num_timesteps)):
-                    x = official_step(process, model, x, both, i, None if ddim else doubled(draw_noise().to(dtype)))
+                for step, noisy in loop:
+                    x = step(model, x, both, doubled(draw_noise().to(dtype)) if noisy else None)
             drawn.append(x.chunk(2)[0].cpu())
         return torch.cat(drawn)
+
+    def _loop(self, steps: int) -> list[tuple[Callable[..., Tensor], bool]]:
+        """The steps of the job's sampler, each `step(model, x, y, noise or None)`, and whether it takes noise."""
+        config, sampler = self.config, self.job.sampler
+        if config.process == "ddpm":
+            ddim = sampler == "ddim"
+            spacing = f"ddim{steps}" if ddim else str(steps)
+            process = build_diffusion(config.diffusion, config.model.learn_sigma, spacing)
+            return [(partial(official_step, process, i), not ddim) for i in reversed(range(process.num_timesteps))]
+        # An SDE's last step is longer, and without noise.
+        noisy = steps - 1 if sampler == "sde" else 0
+        points = torch.linspace(0, 1, steps + (sampler == "ode"), dtype=torch.float64)
+        times = shift_timesteps(points, config.sample.timestep_shift)
+        if sampler == "sde":
+            times = torch.cat([times * (1 - config.sample.last_step_size), times.new_ones(1)])
+        spans = enumerate(times.unfold(0, 2, 1).tolist())
+        return [(partial(path_step, t, end - t, sampler == "sde"), k < noisy) for k, (t, end) in spans]
 
     def _peer(self, provider: str) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
         return self._reference(PEERS[provider], self.precision)
@@ -166,7 +185,7 @@ class Samplers:
 
 
 def official_step(
-    process: SpacedDiffusion, model: Callable[..., Tensor], x: Tensor, y: Tensor, i: int, noise: Tensor | None
+    process: SpacedDiffusion, i: int, model: Callable[..., Tensor], x: Tensor, y: Tensor, noise: Tensor | None
 ) -> Tensor:
     """x at step i -> at step i - 1: ancestral with the noise given, DDIM of eta 0 without."""
     t = torch.full((len(x),), i, device=x.device)
@@ -178,13 +197,26 @@ def official_step(
     return out["pred_xstart"] * bar.sqrt() + (1 - bar).sqrt() * eps
 
 
+def path_step(
+    t: float, dt: float, sde: bool, model: Callable[..., Tensor], x: Tensor, y: Tensor, noise: Tensor | None
+) -> Tensor:
+    """x at t -> at t + dt on the path Linear from a velocity: Euler's step, of the SDE Euler-Maruyama's.
+
+    The SDE is SiT's (arXiv:2401.08740) of the form "sigma": w = 1 - t times the score (t v - x) / (1 - t) drives it
+    beside v, the noise has the variance 2 w dt.
+    """
+    velocity = model(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device), y)
+    x_next = x + dt * (velocity + (t * velocity - x if sde else 0))
+    return x_next if noise is None else x_next + (2 * (1 - t) * dt) ** 0.5 * noise
+
+
 def doubled(x: Tensor) -> Tensor:
     """The batch twice: with the labels, and with the null class."""
     return torch.cat([x, x])
 
 
 def contests(options: Options) -> Iterator[SamplingJob]:
-    """Both samplers at every batch size of the scale."""
+    """Every sampling of the scale."""
     for model, pixels, batch, batches, sampler, steps, precision in JOBS[options.scale.name]:
         yield SamplingJob(
             model, pixels, batch, batches, sampler, steps, precision, options.device, options.scale.compile
@@ -193,17 +225,34 @@ def contests(options: Options) -> Iterator[SamplingJob]:
 
 # By scale: size, pixels, batch, batches, sampler, steps, precision. Few batches cost time, many hide the recording.
 JOBS: dict[str, tuple[tuple[str, int, int, int, str, int, str], ...]] = {
-    "small": (("tiny", 64, 2, 2, "ddpm", 5, "fp32"), ("tiny", 64, 1, 1, "ddim", 5, "fp32")),
-    "cpu": (
-        ("DiT-S/2 of 2 layers", 256, 1, 1, "ddim", 20, "fp32"),
-        ("DiT-S/2 of 2 layers", 256, 4, 1, "ddim", 5, "fp32"),
-        ("DiT-S/2 of 2 layers", 256, 1, 1, "ddpm", 20, "fp32"),
+    "small": (
+        ("tiny", 64, 2, 2, "ddpm", 5, "fp32"),
+        ("tiny", 64, 1, 1, "ddim", 5, "fp32"),
+        ("tiny SiT-S/2", 64, 2, 2, "sde", 5, "fp32"),
+        ("tiny SiT-S/2", 64, 1, 1, "ode", 5, "fp32"),
+        ("tiny LightningDiT-XL/1", 64, 1, 1, "ode", 5, "fp32"),
+        ("LargeDiT-tiny/2", 64, 1, 1, "ddim", 5, "fp32"),
     ),
-    "gpu": tuple(
-        ("DiT-XL/2", 256, batch, batches, sampler, steps, precision)
-        for batch, batches, sampler, steps in (
-            (1, 8, "ddim", 50), (32, 4, "ddim", 50), (1, 4, "ddpm", 250), (32, 1, "ddpm", 250),
-        )
-        for precision in ("bf16", "bf16-fast")
+    "cpu": (
+        ("DiT-S/2 of 2 layers", 256, 1, 1, "ddim", 10, "fp32"),
+        ("SiT-S/2 of 2 layers", 256, 1, 1, "ode", 10, "fp32"),
+        ("LightningDiT-B/1 of 2 layers", 128, 1, 1, "ode", 10, "fp32"),
+        ("LargeDiT-tiny/2", 256, 1, 1, "ddim", 10, "fp32"),
+        ("DiT-S/2 of 2 layers", 256, 1, 1, "ddpm", 10, "fp32"),
+        ("SiT-S/2 of 2 layers", 256, 1, 1, "sde", 10, "fp32"),
+        ("DiT-S/2 of 2 layers", 256, 4, 1, "ddim", 5, "fp32"),
+    ),
+    "gpu": (
+        *(
+            ("DiT-XL/2", 256, batch, batches, sampler, steps, precision)
+            for batch, batches, sampler, steps in (
+                (1, 8, "ddim", 50), (32, 4, "ddim", 50), (1, 4, "ddpm", 250), (32, 1, "ddpm", 250),
+            )
+            for precision in ("bf16", "bf16-fast")
+        ),
+        ("SiT-XL/2", 256, 32, 2, "ode", 50, "bf16"),
+        ("SiT-XL/2", 256, 32, 2, "sde", 50, "bf16"),
+        ("LightningDiT-XL/1", 256, 32, 2, "ode", 50, "bf16"),
+        ("LargeDiT-600M/2", 256, 32, 2, "ddim", 50, "bf16"),
     ),
 }  # fmt: skip

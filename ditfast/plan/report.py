@@ -1,13 +1,13 @@
 """`ditfast plan`: the candidates in a table, what the proposed one's step and memory consist of, and as JSON."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Column, Table
 
 from ditfast.files import replacing
 from ditfast.hardware import rate_name
@@ -101,31 +101,12 @@ def print_plan(plan: Plan, name: str, precision: str) -> None:
         f"{name}, {job.tokens} tokens an image, {precision}, global batch {job.batch_size}, on {cluster.gpus} x "
         f"{cluster.gpu.name}{nodes}; {training_flops(job.model) / 1e9:.1f} GFLOP an image and training step"
     )
-    head = (
-        "layout",
-        "in ditfast",
-        "recompute",
-        "GB a GPU",
-        "step, ms",
-        "of it communication, ms",
-        "images/s",
-        "MFU",
-        "",
+    head = ("", "data", "tensor", "seq", "sharded", "recompute", "GB", "ms", "comm", "img/s", "MFU", "")
+    console.print(_aligned([head, *(_line(plan, each) for each in plan.candidates)], left=(4, 5)))
+    console.print(
+        "* is in ditfast, the others are not yet. GB: of a GPU; ms: of a step; comm: ms\n"
+        "of communication among them that nothing hides; seq: sequence parallel."
     )
-    # Folded, a narrow terminal loses nothing of them.
-    table = Table(*(Column(label, overflow="fold") for label in head), title="Layouts", title_justify="left")
-    for each in plan.candidates:
-        in_ditfast = "yes" if each.layout.runs else "not yet"
-        if each.time is None or each.memory is None or not each.fits:
-            table.add_row(str(each.layout), in_ditfast, each.policy, "", "", "", "", "", plan.verdict(each))
-            continue
-        mfu = plan.mfu(each)
-        table.add_row(
-            str(each.layout), in_ditfast, each.policy, _tenths(each.memory.total / 1e9), _tenths(each.time.total),
-            _tenths(each.time.communication), _rate(plan.images_per_s(each)),
-            "" if mfu is None else f"{mfu:.1%}", plan.verdict(each),
-        )  # fmt: skip
-    console.print(table)
     for title, candidate in {"proposed": plan.proposed, "runs today": plan.today}.items():
         if candidate is None:
             reason = plan.candidates[0].why
@@ -136,12 +117,46 @@ def print_plan(plan: Plan, name: str, precision: str) -> None:
     console.print(_basis(plan))
 
 
+def _line(plan: Plan, each: Candidate) -> tuple[str, ...]:
+    """A candidate's row, in which a reason against it takes the place of its figures."""
+    layout, shard = each.layout, "" if each.layout.shard == "none" else each.layout.shard
+    split = ("" if n == 1 else str(n) for n in (layout.tensor, layout.sequence))
+    named = ("*" if layout.runs else "", str(layout.data), *split, shard, *filter(None, [each.policy]))
+    if each.time is None or each.memory is None or not each.fits:
+        return *named, each.why.removesuffix(f" even with recompute {each.policy}")
+    mfu = plan.mfu(each)
+    return (
+        *named, _tenths(each.memory.total / 1e9), _tenths(each.time.total), _tenths(each.time.communication),
+        _rate(plan.images_per_s(each)), "" if mfu is None else f"{mfu:.1%}", _beside(plan, each),
+    )  # fmt: skip
+
+
+def _beside(plan: Plan, each: Candidate) -> str:
+    """How fast a candidate that fits is, beside the proposed one."""
+    if each is plan.proposed:
+        return "proposed"
+    assert each.time and plan.proposed and plan.proposed.time
+    percent = round(100 * (each.time.total / plan.proposed.time.total - 1))
+    return f"{abs(percent)}% {'slower' if percent > 0 else 'faster'}" if percent else "as fast"
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
+    """Lines of cells, to the left in some columns; each row's last cell has no column, so that it may be a sentence."""
+    columns = zip_longest(*(row[:-1] for row in rows), fillvalue="")
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for *cells, last in rows:
+        padded = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=False)))
+        lines.append(" ".join([*padded, last]).rstrip())
+    return "\n".join(lines)
+
+
 def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value < 0.1 else f"{value:.1f}"
 
 
 def _tenths(value: float) -> str:
-    return f"{value:.1f}" if value < 1e9 else f"{value:.3g}"
+    return f"{value:.1f}" if value < 1e3 else f"{value:.0f}" if value < 1e9 else f"{value:.3g}"
 
 
 def _print_parts(console: Console, plan: Plan, title: str, candidate: Candidate) -> None:
@@ -153,9 +168,9 @@ def _print_parts(console: Console, plan: Plan, title: str, candidate: Candidate)
         ("step", "ms", asdict(time)),
         ("memory", "GB", {name: size / 1e9 for name, size in asdict(memory).items()}),
     ):
-        table = Table(label, *parts, "all")
-        table.add_row(unit, *(_tenths(value) for value in parts.values()), _tenths(sum(parts.values())))
-        console.print(table)
+        values = (_tenths(value) for value in (*parts.values(), sum(parts.values())))
+        names = (name.replace("communication", "comm") for name in parts)
+        console.print(_aligned([(label, *names, "all", ""), (unit, *values, "")], left=(0,)))
     console.print(
         f"each GPU sends {candidate.communicated / 1e9:.2f} GB a step, for {candidate.hidden:.1f} ms beside other work "
         f"and {_tenths(time.communication)} ms that nothing hides"

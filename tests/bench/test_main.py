@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 from bench import __main__ as bench
 from bench import limits
 from bench.rows import Results
-from bench.suites import ops
+from bench.suites import SMALL, Options, ops
 from ditfast import hardware
 from ditfast.hardware import Ceilings
 from ditfast.kernels import OPS
@@ -64,6 +65,23 @@ def test_a_suite_goes_on_and_says_what_is_left(run, tmp_path):
     first = Results.load(path).rows
     run("--json", path, "--only", "q_sample")
     assert Results.load(path).rows[: len(first)] == first and len(Results.load(path).rows) == 2 * len(first)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_who_is_stopped_keeps_and_shows_what_was_measured(stop, run, tmp_path, monkeypatch):
+    class Stopped:
+        job = "ops", "the second", "fp32", "B 2"
+
+        def measure(self, settings):
+            signal.raise_signal(stop)
+
+    first, *_ = contests = list(ops.contests(Options(torch.device("cpu"), SMALL)))
+    monkeypatch.setattr(ops, "contests", lambda options: [first, Stopped(), *contests[1:]])
+    path = tmp_path / "ops.json"
+    status, out = run("--json", str(path))
+    rows = Results.load(path).rows
+    assert status == 130 and out.splitlines()[-1] == f"interrupted after {len(rows)} rows; the same command goes on"
+    assert first.name in out and {row.job for row in rows} == {first.job}
 
 
 def test_a_file_of_another_device_is_left_alone(tmp_path, run, capsys):

@@ -1,5 +1,8 @@
 """The two tables that users know: their lines, the published figures beside, and what each line measures."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,6 +10,8 @@ from bench.contest import Settings
 from bench.rows import Row
 from bench.suites import GPU, SMALL, Options
 from bench.tables import fast_dit, mindone
+from ditfast import convert
+from ditfast.config import PRECISIONS
 from ditfast.kernels.peers import PeerError
 
 CPU = torch.device("cpu")
@@ -72,6 +77,45 @@ def test_a_step_of_mindones_table():
 def test_loading_reads_the_file():
     [row] = lines(mindone)["checkpoint loading"].measure(SETTINGS)
     assert row.ms > 0 and row.extra["file_bytes"] > 10**5
+
+
+def flip_a_bit(load, weights, *arguments):
+    network = load(weights, *arguments)
+    bits = network.model.final_layer.linear.bias.view(torch.int32)
+    bits[0] ^= 1
+    return network
+
+
+def leave_one_out(load, weights, *arguments):
+    network = load(weights, *arguments)
+    network.model.y_embedder.embedding_table = torch.nn.Identity()
+    return network
+
+
+def raw_weights(load, weights, *arguments):
+    model, _ = convert.load_official(weights.origin.split(" (")[0], "model")
+    return load(replace(weights, groups={"model": model}), *arguments)
+
+
+def another_dtype(load, weights, device, precision):
+    return replace(load(weights, device, "bf16-fast"), precision=PRECISIONS[precision])
+
+
+@pytest.mark.parametrize(("loader", "told"), [
+    (flip_a_bit, "final_layer.linear.bias (1 in all) is not what was saved"),
+    (leave_one_out, "y_embedder.embedding_table.weight (1 in all) are not in both"),
+    (raw_weights, "is not what was saved"), (another_dtype, "is not what was saved"),
+])  # fmt: skip
+def test_a_loader_of_other_weights_is_refused(loader, told, monkeypatch):
+    monkeypatch.setattr(mindone, "load_network", partial(loader, mindone.load_network))
+    [row] = lines(mindone)["checkpoint loading"].measure(SETTINGS)
+    assert row.ms is None and told in row.extra["refused"]
+
+
+def test_loading_in_a_fast_precision_rounds_the_weights():
+    sizes = replace(mindone.SIZES["small"], precision="bf16-fast")
+    [row] = mindone._loading(sizes, CPU, ("mindone", "checkpoint loading", "bf16", "tiny"), SETTINGS)
+    assert row.ms > 0 and row.why_not is None
 
 
 @pytest.mark.full

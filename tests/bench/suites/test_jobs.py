@@ -14,7 +14,7 @@ SCALES = pytest.mark.parametrize("scale", [SMALL, CPU, GPU], ids=lambda scale: s
 
 
 @SCALES
-@pytest.mark.parametrize("suite", ["model", "memory"])
+@pytest.mark.parametrize("suite", ["model", "sample", "memory"])
 def test_every_family_has_a_row(suite, scale):
     jobs = importlib.import_module(SUITES[suite]).contests(Options(torch.device("cpu"), scale))
     networks = {job.model.removeprefix("tiny").strip().partition("-")[0] or "DiT" for job in jobs}

@@ -8,6 +8,7 @@ from bench.contest import Settings
 from bench.rows import DITFAST, EAGER
 from bench.suites import SMALL, Options, memory
 from bench.suites.memory import MemoryJob, contests, table
+from ditfast.layers import recompute
 from ditfast.plan import POLICIES
 
 CPU = torch.device("cpu")
@@ -62,5 +63,13 @@ def test_a_forward_that_computes_something_else_is_refused(precision, monkeypatc
     forward, factor = oracles._Attention.forward, 1.01 if precision == "fp32" else 100
     monkeypatch.setattr(oracles._Attention, "forward", lambda self, x, angles=None: factor * forward(self, x))
     own, eager = job.measure(SETTINGS)
-    assert own.why_not is None and "the error of outputs" in eager.extra["refused"]
+    assert own.why_not is None and "the error of " in eager.extra["refused"]
     assert "bytes_per_token_layer" not in eager.extra
+
+
+@pytest.mark.parametrize(("module", "careless"), [(recompute, DITFAST), (oracles, "fast-DiT")])
+def test_blocks_that_keep_too_little_for_their_backward_are_refused(module, careless, monkeypatch):
+    monkeypatch.setattr(module, "checkpoint", lambda block, *inputs, **_: block(*inputs).detach())
+    rows = MemoryJob("tiny", 64, (1, 3), "fp32", "block", CPU).measure(SETTINGS)
+    refused = {row.provider: row.extra.get("refused", "") for row in rows}
+    assert refused.pop(careless).startswith("blocks.0.") and list(refused.values()) == [""]

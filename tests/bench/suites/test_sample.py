@@ -27,30 +27,48 @@ def measured(job: SamplingJob) -> dict:
     return {row.provider: row for row in job.measure(SETTINGS)}
 
 
-@pytest.mark.parametrize("job", list(contests(Options(CPU, SMALL))), ids=lambda job: job.sampler)
+@pytest.mark.parametrize("job", list(contests(Options(CPU, SMALL))), ids=lambda job: f"{job.model} {job.sampler}")
 def test_rows_of_the_small_suite(job):
     rows = measured(job)
     assert list(rows) == [DITFAST, EAGER]
     for row in rows.values():
-        assert row.why_not is None and row.name == f"tiny {job.sampler}-5"
+        assert row.why_not is None and row.name == f"{job.model} {job.sampler}-5"
         assert row.extra["ms_per_image"] == pytest.approx(row.ms / (job.batch * job.batches))
         assert (row.extra["sampler"], row.extra["steps"], row.extra["batch"]) == (job.sampler, 5, job.batch)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "bf16-fast"])
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_both_samplers_pass_in_low_precision(sampler, precision):
-    rows = measured(replace(JOB, sampler=sampler, precision=precision))
+SAMPLINGS = pytest.mark.parametrize(("model", "sampler"), [
+    ("tiny", "ddim"), ("tiny", "ddpm"), ("tiny SiT-S/2", "ode"), ("tiny SiT-S/2", "sde"),
+    ("tiny LightningDiT-XL/1", "ode"), ("LargeDiT-tiny/2", "ddim"),
+])  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["bf16-fast", pytest.param("bf16", marks=pytest.mark.full)])
+@SAMPLINGS
+def test_every_sampling_passes_in_low_precision(model, sampler, precision):
+    rows = measured(replace(JOB, model=model, sampler=sampler, precision=precision))
     assert {provider: row.why_not for provider, row in rows.items()} == dict.fromkeys(rows)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_wrong_samples_are_refused(sampler, monkeypatch):
+@SAMPLINGS
+def test_wrong_samples_are_refused(model, sampler, monkeypatch):
     draw = sample.draw
     monkeypatch.setattr(sample, "draw", lambda *args: draw(*args) * 1.00001)
-    rows = measured(replace(JOB, sampler=sampler))
+    rows = measured(replace(JOB, model=model, sampler=sampler))
     assert rows[DITFAST].ms is None and "the error of samples" in rows[DITFAST].extra["refused"]
     assert rows[EAGER].ms
+
+
+@pytest.mark.parametrize(("model", "sampler", "wrong"), [
+    ("tiny SiT-S/2", "ode", {"timestep_shift": 0.9}), ("tiny SiT-S/2", "sde", {"diffusion_norm": 0.999}),
+    ("tiny SiT-S/2", "sde", {"last_step": "Euler"}), ("tiny SiT-S/2", "sde", {"last_step_size": 0.0401}),
+    ("tiny LightningDiT-XL/1", "ode", {"timestep_shift": 1.0}), ("tiny LightningDiT-XL/1", "ode", {"method": "heun"}),
+])  # fmt: skip
+def test_another_path_is_refused(model, sampler, wrong):
+    samplers = sample.Samplers(replace(JOB, model=model, sampler=sampler))
+    samplers.truth()
+    samplers.config = replace(samplers.config, sample=replace(samplers.config.sample, **wrong))
+    assert "the error of samples" in samplers.check(DITFAST)
 
 
 def test_another_guidance_is_refused(monkeypatch):
