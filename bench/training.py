@@ -4,7 +4,7 @@ import gc
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,17 @@ from ditfast.train import Trainer
 TINY = ModelConfig(
     patch_size=2, hidden_size=64, depth=2, num_heads=2, input_size=(8, 8), in_channels=4, num_classes=10
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SizedJob:
+    """What is trained in a job: a size by name, pixels, images a step and device, a precision policy, where."""
+
+    model: str
+    pixels: int
+    batch: int
+    precision: str
+    device: torch.device
 
 
 def model_config(name: str, pixels: int = 256) -> ModelConfig:

@@ -22,7 +22,7 @@ from bench.rows import DITFAST, Job, Row
 from bench.suites import Options
 from bench.suites.model import Steps
 from bench.timing import Prepared, Timing
-from bench.training import label, model_config, random_batch, trainer_for
+from bench.training import SizedJob, label, model_config, random_batch, trainer_for
 from ditfast.data import FeatureFolder, Loader
 from ditfast.distributed import World
 from ditfast.train import Trainer
@@ -33,17 +33,12 @@ Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class FeedJob:
+class FeedJob(SizedJob):
     """So many steps in a row of a size, from `images` files, `workers` processes reading."""
 
-    model: str
-    pixels: int
-    batch: int
     steps: int
     images: int
     workers: int
-    precision: str
-    device: torch.device
 
     @property
     def job(self) -> Job:
@@ -173,7 +168,7 @@ def _forever(batch: Batch) -> Iterator[Batch]:
 def contests(options: Options) -> Iterator[FeedJob]:
     """One job at each size of the scale."""
     for model, pixels, batch, steps, images, workers, precision in JOBS[options.scale.name]:
-        yield FeedJob(model, pixels, batch, steps, images, workers, precision, options.device)
+        yield FeedJob(model, pixels, batch, precision, options.device, steps, images, workers)
 
 
 # By scale: size, pixels, batch, steps, images on disk, workers, precision.

@@ -33,7 +33,7 @@ from bench.rows import DITFAST, Job, Row
 from bench.suites import Options
 from bench.suites.model import Steps
 from bench.timing import Timing
-from bench.training import label, model_config, random_batch, trainer_for
+from bench.training import SizedJob, label, model_config, random_batch, trainer_for
 from ditfast.distributed import World
 from ditfast.train import Trainer
 
@@ -44,15 +44,10 @@ CHECKED = 2  # images of a rank that parity is shown on
 
 
 @dataclass(frozen=True)
-class ScalingJob:
+class ScalingJob(SizedJob):
     """A size's training step on so many ranks."""
 
-    model: str
-    pixels: int
-    batch: int
-    precision: str
     ranks: int
-    device: torch.device
 
     @property
     def job(self) -> Job:
@@ -240,7 +235,7 @@ def contests(options: Options) -> Iterator[ScalingJob]:
     """Every number of ranks."""
     model, pixels, batch, precision, ranks = JOBS[options.scale.name]
     for count in ranks:
-        yield ScalingJob(model, pixels, batch, precision, count, options.device)
+        yield ScalingJob(model, pixels, batch, precision, options.device, count)
 
 
 def table(rows: Sequence[Row]) -> str:

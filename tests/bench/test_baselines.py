@@ -21,11 +21,6 @@ PROCESS = build_diffusion(DiffusionConfig(), learn_sigma=True)
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, decay="all", eps=1e-3, ema_rates=[0.9])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)

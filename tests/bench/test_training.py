@@ -17,11 +17,6 @@ CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16-fast"])
 def test_weights_are_not_zero_and_steps_leave_them(precision):
     with trainer_for(TINY, 2, precision, ALONE) as trainer:

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.contest import Settings
 from bench.exactness import Truth
 from bench.rows import DITFAST, EAGER
 from bench.suites.model import Steps, TrainingJob
@@ -16,17 +15,7 @@ from ditfast.distributed import World
 from ditfast.train import Trainer
 
 CPU = torch.device("cpu")
-SETTINGS = Settings(CPU, rounds=3, seconds=0.05)
 JOB = TrainingJob("tiny", 64, 2, "fp32", CPU, compile=False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-def measured(job: TrainingJob) -> dict:
-    return {row.provider: row for row in job.measure(SETTINGS)}
 
 
 def without_update(trainer):
@@ -62,13 +51,13 @@ def without_copies(trainer, update=Trainer._update):
         (without_copies, "bf16-fast", "is not its master, rounded"),
     ],
 )
-def test_a_step_that_does_not_update_is_refused(update, precision, told, monkeypatch):
+def test_a_step_that_does_not_update_is_refused(measured, update, precision, told, monkeypatch):
     monkeypatch.setattr(Trainer, "_update", update)
     rows = measured(replace(JOB, precision=precision))
     assert told in rows[DITFAST].extra["refused"] and rows[EAGER].ms
 
 
-def test_a_peer_whose_average_stays_is_refused(monkeypatch):
+def test_a_peer_whose_average_stays_is_refused(measured, monkeypatch):
     monkeypatch.setattr(torch, "_foreach_lerp_", lambda *_: None)
     rows = measured(JOB)
     assert "the error of EMA" in rows[EAGER].extra["refused"] and rows[DITFAST].ms and rows["fast-DiT"].ms

@@ -18,11 +18,6 @@ SETTINGS = Settings(CPU, rounds=3, seconds=0.05)
 (JOB,) = contests(Options(CPU, SMALL))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def test_rows_of_the_small_suite(monkeypatch):
     read = feed.FeatureFolder.__getitem__
     monkeypatch.setattr(feed.FeatureFolder, "__getitem__", lambda self, i: (time.sleep(0.01), read(self, i))[1])

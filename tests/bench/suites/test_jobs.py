@@ -1,6 +1,7 @@
 """The jobs of every scale: each once, of sizes that there are, in fields that a report sorts by."""
 
 import importlib
+from functools import cache
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from bench.suites import CPU, GPU, SMALL, SUITES, Options
 from bench.training import model_config
 from ditfast.hardware import DTYPES
 from ditfast.layers import FAMILIES
+
+sizes_of = cache(model_config)  # to parse a preset takes a tenth of a second
 
 SCALES = pytest.mark.parametrize("scale", [SMALL, CPU, GPU], ids=lambda scale: scale.name)
 
@@ -32,4 +35,4 @@ def test_jobs_are_there_once(suite, scale):
         assert named == suite and dtype in DTYPES and f"{job.pixels} px" in shape
         assert name.startswith(job.model) and (" fast" in name) == job.precision.endswith("-fast")
         latent = 16 if "LightningDiT" in job.model else 8
-        assert model_config(job.model, job.pixels).input_size[0] * latent == job.pixels
+        assert sizes_of(job.model, job.pixels).input_size[0] * latent == job.pixels

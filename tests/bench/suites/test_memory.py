@@ -15,11 +15,6 @@ CPU = torch.device("cpu")
 SETTINGS = Settings(CPU)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def test_rows_of_the_small_suite():
     jobs = [job for job in contests(Options(CPU, SMALL)) if job.model == "tiny"]
     rows = [row for job in jobs for row in job.measure(SETTINGS)]

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from bench import oracles
-from bench.contest import Settings
 from bench.rows import COMPILE, DITFAST, EAGER
 from bench.suites import SMALL, Options, model
 from bench.suites.model import GRAPH, TrainingJob, contests
@@ -19,20 +18,10 @@ from ditfast.distributed import World
 from ditfast.layers import attention, block, rope
 
 CPU = torch.device("cpu")
-SETTINGS = Settings(CPU, rounds=3, seconds=0.05)
 JOB = TrainingJob("tiny", 64, 2, "fp32", CPU, compile=False)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-def measured(job: TrainingJob) -> dict:
-    return {row.provider: row for row in job.measure(SETTINGS)}
-
-
-def test_rows_of_the_small_suite():
+def test_rows_of_the_small_suite(measured):
     jobs = list(contests(Options(CPU, SMALL)))
     assert len({job.job for job in jobs}) == len(jobs) == 5
     rows = measured(jobs[0])
@@ -49,14 +38,14 @@ def test_rows_of_the_small_suite():
     assert rows[DITFAST].extra["recompute"] == "ops" and rows[EAGER].extra["recompute"] is None
 
 
-def test_a_policy_has_a_row_and_the_graph_says_why_it_has_no_time():
+def test_a_policy_has_a_row_and_the_graph_says_why_it_has_no_time(measured):
     rows = measured(replace(JOB, recompute="block"))
     assert rows[DITFAST].ms and rows[DITFAST].extra["recompute"] == "block"
     assert rows[GRAPH].ms is None and "needs a CUDA device" in rows[GRAPH].extra["absent"]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-fast", "fp16"])
-def test_every_precision_passes(precision):
+def test_every_precision_passes(measured, precision):
     rows = measured(replace(JOB, precision=precision))
     assert {provider: row.why_not for provider, row in rows.items()} == dict.fromkeys(rows)
     assert {row.dtype for row in rows.values()} == {precision.removesuffix("-fast")}
@@ -69,7 +58,7 @@ OTHERS = ("tiny SiT-S/2", "tiny LightningDiT-XL/1", "LargeDiT-tiny/2")
     "fp32", "bf16", *(pytest.param(name, marks=pytest.mark.full) for name in ("bf16-fast", "fp16", "tf32")),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", OTHERS)
-def test_every_family_passes(name, precision):
+def test_every_family_passes(measured, name, precision):
     rows = measured(replace(JOB, model=name, precision=precision))
     assert {provider: row.why_not for provider, row in rows.items()} == dict.fromkeys([DITFAST, EAGER, "fast-DiT"])
     extra = rows[DITFAST].extra
@@ -98,7 +87,7 @@ def eps_of_qk_norm(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "break_it"), [("tiny", eps_of_norms), *zip(OTHERS, (velocity, angles, eps_of_qk_norm), strict=True)]
 )
-def test_a_wrong_ditfast_is_refused(name, break_it, monkeypatch):
+def test_a_wrong_ditfast_is_refused(measured, name, break_it, monkeypatch):
     break_it(monkeypatch)
     rows = measured(replace(JOB, model=name))
     assert rows[DITFAST].ms is None and "x the eager reference's" in rows[DITFAST].extra["refused"]
@@ -106,7 +95,7 @@ def test_a_wrong_ditfast_is_refused(name, break_it, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_wrong_peer_is_refused(precision, monkeypatch):
+def test_a_wrong_peer_is_refused(measured, precision, monkeypatch):
     forward = oracles._Attention.forward
     factor = 1.0001 if precision == "fp32" else 1.1
     monkeypatch.setattr(oracles._Attention, "forward", lambda self, *inputs: factor * forward(self, *inputs))
@@ -129,7 +118,7 @@ class Replays:
 
 
 @pytest.mark.parametrize("stale", [False, True])
-def test_a_replay_that_does_not_read_its_inputs_is_refused(stale, monkeypatch):
+def test_a_replay_that_does_not_read_its_inputs_is_refused(measured, stale, monkeypatch):
     monkeypatch.setattr(model, "check_cuda_graph", lambda *_: None)
     monkeypatch.setattr(model, "CudaGraph", Replays)
     monkeypatch.setattr(Replays, "stale", stale)
@@ -176,7 +165,7 @@ def test_the_state_of_a_run_is_weights_moments_and_ema():
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["tiny", *OTHERS])
-def test_torch_compile_is_what_others_are_compared_with(name):
+def test_torch_compile_is_what_others_are_compared_with(measured, name):
     rows = measured(replace(JOB, model=name, compile=True))
     assert rows[COMPILE].ratio_to_compile == 1
     assert rows[DITFAST].ratio_to_compile == pytest.approx(rows[COMPILE].ms / rows[DITFAST].ms)

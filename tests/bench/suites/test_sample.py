@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.contest import Settings
 from bench.rows import COMPILE, DITFAST, EAGER
 from bench.suites import SMALL, Options, sample
 from bench.suites.sample import SamplingJob, contests
@@ -14,21 +13,11 @@ from ditfast import cuda_graph
 from ditfast.cuda_graph import WARMUP
 
 CPU = torch.device("cpu")
-SETTINGS = Settings(CPU, rounds=3, seconds=0.05)
 JOB = SamplingJob("tiny", 64, 1, 1, "ddim", 4, "fp32", CPU, compile=False)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-def measured(job: SamplingJob) -> dict:
-    return {row.provider: row for row in job.measure(SETTINGS)}
-
-
 @pytest.mark.parametrize("job", list(contests(Options(CPU, SMALL))), ids=lambda job: f"{job.model} {job.sampler}")
-def test_rows_of_the_small_suite(job):
+def test_rows_of_the_small_suite(measured, job):
     rows = measured(job)
     assert list(rows) == [DITFAST, EAGER]
     for row in rows.values():
@@ -45,13 +34,13 @@ SAMPLINGS = pytest.mark.parametrize(("model", "sampler"), [
 
 @pytest.mark.parametrize("precision", ["bf16-fast", pytest.param("bf16", marks=pytest.mark.full)])
 @SAMPLINGS
-def test_every_sampling_passes_in_low_precision(model, sampler, precision):
+def test_every_sampling_passes_in_low_precision(measured, model, sampler, precision):
     rows = measured(replace(JOB, model=model, sampler=sampler, precision=precision))
     assert {provider: row.why_not for provider, row in rows.items()} == dict.fromkeys(rows)
 
 
 @SAMPLINGS
-def test_wrong_samples_are_refused(model, sampler, monkeypatch):
+def test_wrong_samples_are_refused(measured, model, sampler, monkeypatch):
     draw = sample.draw
     monkeypatch.setattr(sample, "draw", lambda *args: draw(*args) * 1.00001)
     rows = measured(replace(JOB, model=model, sampler=sampler))
@@ -103,6 +92,6 @@ def test_replays_that_do_not_read_their_inputs_are_refused(sampler, monkeypatch)
 
 
 @pytest.mark.full
-def test_torch_compile_samples():
+def test_torch_compile_samples(measured):
     rows = measured(replace(JOB, compile=True))
     assert rows[COMPILE].why_not is None and rows[DITFAST].ratio_to_compile > 0

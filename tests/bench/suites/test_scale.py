@@ -24,11 +24,6 @@ SETTINGS = Settings(CPU, rounds=3, seconds=0.5)
 (JOB,) = contests(Options(CPU, SMALL))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def test_the_row_of_two_processes():
     (row,) = JOB.measure(SETTINGS)
     extra = row.extra
