@@ -59,7 +59,7 @@ class OpSpec:
     overwrites  those that it writes without reading
     inputs      makes the inputs, in place of `dims`: of (case, dtype, device, generator)
     traffic     what the traffic count runs, where the benches with two samples are not representative or too large
-    limits      those of traffic.LIMITS that an op is above by design, with a reason
+    limits      those of traffic.LIMITS that an op is above by design, with a reason; or what makes them of the inputs
     resize      makes a case with other sizes, of (case, sizes), where others follow from them; ValueError for none
     slack       by how much the RMS errors may exceed the parity budget where the method rounds once more, by the
                 tensors' names, from the inputs; None: by nothing
@@ -84,7 +84,7 @@ class OpSpec:
     overwrites: tuple[str, ...] = ()
     inputs: Callable[..., dict[str, Any]] | None = None
     traffic: tuple[Case, ...] | None = None
-    limits: Mapping[str, float] = field(default_factory=dict)
+    limits: Mapping[str, float] | Callable[[Mapping[str, Any]], Mapping[str, float]] = field(default_factory=dict)
     slack: Callable[[Mapping[str, Any]], Mapping[str, float]] | None = None
     resize: Callable[[Case, Mapping[str, int]], Case] | None = None
     forms: tuple[str, ...] = ()

@@ -136,6 +136,7 @@ def traffic(specs: Sequence[OpSpec], dtype: torch.dtype = torch.bfloat16) -> Ite
 def _count(spec: OpSpec, case: Case, dtype: torch.dtype) -> Iterator[Row]:
     inputs = spec.make_inputs(case, dtype, generator=torch.Generator().manual_seed(0))
     bytes_min = spec.bytes_min(inputs)
+    limits = spec.limits(inputs) if callable(spec.limits) else spec.limits
     leaves = [v.requires_grad_() for v in spec.graded(inputs).values()]
     stages: dict[str, list[Launched]] = {}
     with counting() as stages["fwd"]:
@@ -147,7 +148,7 @@ def _count(spec: OpSpec, case: Case, dtype: torch.dtype) -> Iterator[Row]:
     for stage, launched in stages.items():
         if launched:
             requested, unique = sum(one.requested for one in launched), sum(one.unique for one in launched)
-            yield Row(spec.name, case.name, stage, requested, unique, bytes_min[stage], tuple(launched), spec.limits)
+            yield Row(spec.name, case.name, stage, requested, unique, bytes_min[stage], tuple(launched), limits)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -49,7 +49,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Rope | None = None, run: Callable[..., Any] = call) -> Tensor:
         """rope: cos and sin (T, head_dim / 2). `run` is what a block under a recompute policy has its ops called by."""
         qkv = self.qkv(x).unflatten(2, (-1, self.head_dim))
-        if rope is not None or self.q_norm is not None or self.kv_heads != self.num_heads:
+        if rope is not None or self.q_norm is not None:
             weights: list[Tensor | None] = [None] * 4
             form: NormForm | None = None
             norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
@@ -59,20 +59,17 @@ class Attention(nn.Module):
             else:
                 qkv = self._normed_by_modules(qkv, *norms)
             qkv = run(partial(self._prepare, rope, form), qkv, *weights, drop=(0,))
-        return self.proj(kernels.attention_qkvpacked(qkv.unflatten(2, (3, self.num_heads))).flatten(2))
+        return self.proj(kernels.attention_qkvpacked(qkv, num_heads=self.num_heads).flatten(2))
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         return qkv.split((self.num_heads, self.kv_heads, self.kv_heads), 2)
 
     def _prepare(self, rope: Rope | None, norm: NormForm | None, qkv: Tensor, *weights: Tensor | None) -> Tensor:
-        """(B, T, 3 num_heads, head_dim) of qkv (B, T, N, head_dim): normed, rotated, k and v for every head of q."""
+        """qkv (B, T, N, head_dim), normed and rotated."""
         if norm is not None or rope is not None:
             over = "width" if self.over_width else "head"
             options = {"norm": norm.kind, "eps": norm.eps, "over": over} if norm else {}
             qkv = kernels.qk_norm_rope(qkv, *weights, *(rope or ()), num_heads=self.num_heads, **options)
-        if self.kv_heads != self.num_heads:
-            q, *kv = self._split(qkv)
-            qkv = torch.cat([q, *(x.repeat_interleave(self.num_heads // self.kv_heads, 2) for x in kv)], 2)
         return qkv
 
     def _normed_by_modules(self, qkv: Tensor, *norms: nn.Module) -> Tensor:

@@ -52,18 +52,16 @@ def _qkv(a: Architecture) -> int:
 def _qkv_and_prepared(a: Architecture, stream: torch.dtype, compute: torch.dtype, fused: bool) -> int:
     """Bytes per token of qkv and of what attention's `_prepare` makes of it on the way to the attention op."""
     qkv = _qkv(a) * compute.itemsize
-    grouped = a.kv_heads not in (None, a.num_heads)
-    if not (a.rope or a.qk_norm or grouped):
+    if not (a.rope or a.qk_norm):
         return qkv
-    result = 3 * a.hidden_size * compute.itemsize if grouped else qkv
     if fused:
-        return result + qkv
+        return 2 * qkv
     if a.qk_norm is None:
-        return result
+        return qkv
     normed = _qkv(a) - (a.kv_heads or a.num_heads) * a.head_dim
     if a.qk_norm.kind == "rms":
-        return result + 2 * 4 * normed  # the input and what the weight multiplies, in float32
-    return result + (qkv if stream == compute else 4 * normed)
+        return qkv + 2 * 4 * normed  # the input and what the weight multiplies, in float32
+    return qkv + (qkv if stream == compute else 4 * normed)
 
 
 def activation_bytes(

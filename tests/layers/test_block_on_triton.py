@@ -11,6 +11,8 @@ from ditfast.kernels._op import Op
 from ditfast.kernels._triton import recording
 from ditfast.kernels.parity import judge
 from ditfast.layers import Architecture, DiT
+from ditfast.layers.architecture import NormForm
+from ditfast.layers.attention import Attention
 from ditfast.layers.block import DiTBlock, settle
 
 OPS = {"adaln_modulate", "attention_qkvpacked", "gate_residual_adaln_modulate", "gelu_mlp", "gate_residual"}
@@ -223,3 +225,30 @@ def test_a_block_writes_what_the_tables_list(T, gated, dtype, autocast, policy, 
         assert writes.seen == [(writer, width * D, dtype if stream else compute) for _, writer, width, stream in rows]
     names = [launch.kernel.__name__.strip("_").removesuffix("_kernel") for launch in launched]
     assert [names[:made], names[made:]] == launches(policy, gated, short=T <= 256 and compute.itemsize == 2)
+
+
+# Numbers a token over N heads, those of qkv, or over the H of q; nothing is split, repeated or joined.
+GROUPED = (
+    [("aten::addmm", "N"), ("qk_norm_rope_fwd", "N"), ("attention_qkvpacked_fwd", "H"), ("aten::addmm", "H")],
+    [("aten::mm", "H"), ("attention_qkvpacked_bwd", "N"), ("qk_norm_rope_bwd", "N"), ("aten::mm", "H")],
+)
+
+
+@pytest.mark.parametrize("T", (251, 263))
+def test_attention_of_grouped_heads_repeats_no_keys(T, device, auto_is):
+    B, H, H_kv, head_dim = 8, 4, 2, 32
+    attention = Attention(H * head_dim, H, H_kv, qk_norm=NormForm("rms")).to(device, torch.bfloat16)
+    x = torch.zeros(B, T, H * head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
+    rope = tuple(torch.ones(2, T, head_dim // 2, device=device))
+    auto_is("triton")
+    with recording() as launched:
+        with Writes(B * T, H_kv * head_dim - 4) as forward:
+            out = attention(x, rope)
+        gradient = torch.ones_like(out)
+        with Writes(B * T, H_kv * head_dim - 4) as backward:
+            torch.autograd.grad(out, [x, *attention.parameters()], gradient)
+    heads = {"N": H + 2 * H_kv, "H": H}
+    for writes, rows in zip((forward, backward), GROUPED, strict=True):
+        assert [(writer, width) for writer, width, _ in writes.seen] == [(w, heads[n] * head_dim) for w, n in rows]
+    names = [launch.kernel.__name__.strip("_").removesuffix("_kernel") for launch in launched]
+    assert [name for name in names if "attention" in name] == ["attention_fwd", "attention_dq", "attention_dkdv"]

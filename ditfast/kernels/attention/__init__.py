@@ -1,8 +1,10 @@
-"""o = softmax(scale * q k^T) v over the tokens of one sample, never causal.
+"""o = softmax(scale * q k^T) v over the tokens of one sample, never causal; grouped heads too (arXiv:2305.13245).
 
 q           (B, Tq, H, head_dim); o has its shape and the dtype computed in
-k, v        (B, Tk, H, head_dim), Tk > 0
-qkv         (B, T, 3, H, head_dim), the packed form that the qkv linear of a DiT yields; its gradient is written packed
+k, v        (B, Tk, H_kv, head_dim), Tk > 0, H a multiple of H_kv: head h of q reads head h // (H / H_kv) of k and v,
+            which Triton's kernels take as they are, and sum dk and dv over the heads of a group in one program
+qkv         (B, T, 3, H, head_dim), the packed form that the qkv linear of a DiT yields, or with fewer heads of k and v
+            (B, T, H + 2 H_kv, head_dim), heads of q | k | v; its gradient is written packed
 strides     free; the Triton kernels copy a tensor whose last dim is not dense
 dtypes      one for all three; autocast casts them to its own, as it does for PyTorch's attention. The Triton kernels
             take float32 (IEEE products, or TF32 where PyTorch's setting asks for it), bfloat16 and float16, and a
@@ -28,10 +30,11 @@ from .._op import Kernels, Op
 from ..peers import transformer_engine_attention, transformer_engine_qkvpacked
 from ..spec import Case, OpSpec
 from . import backward, dispatch, forward, libraries, short
-from .reference import attention_qkvpacked_ref, attention_ref
+from .reference import attention_qkvpacked_ref, attention_ref, unpacked
 
-DIMS = {"q": "B Tq H head_dim", "k": "B Tk H head_dim", "v": "B Tk H head_dim"}
-PACKED_DIMS = {"qkv": "B T 3 H head_dim"}
+DIMS = {"q": "B Tq H head_dim", "k": "B Tk H_kv head_dim", "v": "B Tk H_kv head_dim"}
+EVEN_DIMS = {"qkv": "B T 3 H head_dim"}
+PACKED_DIMS = {"qkv": "B T N head_dim"}
 
 
 def _empty(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,12 +45,12 @@ def _bwd(grads: tuple[torch.Tensor, ...], do: torch.Tensor, q: torch.Tensor, k: 
     (short if short.takes(q, k) else backward).backward(grads, do, q, k, *rest)
 
 
-def _packed_empty(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return forward.empty(qkv[:, :, 0])
+def _packed_empty(qkv: torch.Tensor, num_heads: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return forward.empty(unpacked(qkv, num_heads)[0])
 
 
-def _packed_fwd(results: tuple[torch.Tensor, ...], qkv: torch.Tensor, scale: float) -> None:
-    q, k, v = qkv.unbind(2)
+def _packed_fwd(results: tuple[torch.Tensor, ...], qkv: torch.Tensor, num_heads: int, scale: float) -> None:
+    q, k, v = unpacked(qkv, num_heads)
     forward.forward(results, q, k, v, scale)
 
 
@@ -57,9 +60,10 @@ def _packed_bwd(
     qkv: torch.Tensor,
     o: torch.Tensor,
     lse: torch.Tensor,
+    num_heads: int,
     scale: float,
 ) -> None:
-    _bwd(grads[0].unbind(2), do, *qkv.unbind(2), o, lse, scale)
+    _bwd(unpacked(grads[0], num_heads), do, *unpacked(qkv, num_heads), o, lse, scale)
 
 
 _OP = Op(
@@ -85,7 +89,7 @@ _PACKED_OP = Op(
     libraries.PACKED_FUNCTIONS,
     Kernels(
         inputs="Tensor qkv",
-        attrs="float scale",
+        attrs="int num_heads, float scale",
         outputs=("o",),
         saved=("lse",),
         empty=_packed_empty,
@@ -113,13 +117,18 @@ def _scale(op: str, scale: float | None, head_dim: int) -> float:
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, backend: str = "auto"
 ) -> torch.Tensor:
-    """o (B, Tq, H, head_dim) of q like it and k, v (B, Tk, H, head_dim); scale is head_dim^-0.5 by default.
+    """o (B, Tq, H, head_dim) of q like it and k, v (B, Tk, H_kv, head_dim); scale is head_dim^-0.5 by default.
 
-    ValueError for shapes that disagree, dtypes that differ or are not floating, no keys, or a scale that is not
-    positive; BackendError where the backend cannot run.
+    ValueError for shapes that disagree, an H that is no multiple of H_kv, dtypes that differ or are not floating, no
+    keys, or a scale that is not positive; BackendError where the backend cannot run.
     """
     tensors = {"q": q, "k": k, "v": v}
     sizes = check_dims(_OP.name, DIMS, tensors)
+    if not _serve(sizes["H_kv"], sizes["H"]):
+        raise ValueError(
+            f"{_OP.name}: q has {sizes['H']} heads and k {sizes['H_kv']}, expected a number of q's heads that is a "
+            "multiple of that of k's and v's"
+        )
     check_not_empty(_OP.name, sizes, "head_dim")
     check_floating(_OP.name, tensors)
     q, k, v = (tensor.to(linear_dtype(tensor)) for tensor in (q, k, v))
@@ -131,17 +140,39 @@ def attention(
     return _OP(backend, (q, k, v), (_scale(_OP.name, scale, sizes["head_dim"]),))
 
 
-def attention_qkvpacked(qkv: torch.Tensor, *, scale: float | None = None, backend: str = "auto") -> torch.Tensor:
-    """o (B, T, H, head_dim) of qkv (B, T, 3, H, head_dim); scale is head_dim^-0.5 by default.
+def attention_qkvpacked(
+    qkv: torch.Tensor, *, num_heads: int | None = None, scale: float | None = None, backend: str = "auto"
+) -> torch.Tensor:
+    """o (B, T, H, head_dim) of qkv (B, T, 3, H, head_dim), or with num_heads=H of qkv (B, T, H + 2 H_kv, head_dim).
 
-    ValueError for another rank, a third dim that is not 3, a dtype that is not floating, or a scale that is not
-    positive; BackendError where the backend cannot run.
+    scale is head_dim^-0.5 by default. ValueError for another shape, heads that do not add up or divide, a dtype that
+    is not floating, or a scale that is not positive; BackendError where the backend cannot run.
     """
-    tensors = {"qkv": qkv}
-    sizes = check_dims(_PACKED_OP.name, PACKED_DIMS, tensors)
-    check_not_empty(_PACKED_OP.name, sizes, "head_dim")
-    check_floating(_PACKED_OP.name, tensors)
-    return _PACKED_OP(backend, (qkv.to(linear_dtype(qkv)),), (_scale(_PACKED_OP.name, scale, sizes["head_dim"]),))
+    tensors, op = {"qkv": qkv}, _PACKED_OP
+    sizes = check_dims(op.name, EVEN_DIMS if num_heads is None else PACKED_DIMS, tensors)
+    if num_heads is None:
+        num_heads = sizes["H"]
+    elif 3 * _check_heads(num_heads, sizes["N"]) == sizes["N"]:
+        qkv = qkv.unflatten(2, (3, num_heads))
+    check_not_empty(op.name, sizes, "head_dim")
+    check_floating(op.name, tensors)
+    return op(backend, (qkv.to(linear_dtype(qkv)),), (num_heads, _scale(op.name, scale, sizes["head_dim"])))
+
+
+def _serve(kv_heads: int, num_heads: int) -> bool:
+    """Whether each of these heads of k can serve equally many of q."""
+    return kv_heads == num_heads or (0 < kv_heads < num_heads and num_heads % kv_heads == 0)
+
+
+def _check_heads(num_heads: int, N: int) -> int:
+    """num_heads; ValueError where N heads of q, k and v cannot be so many of q and twice a divisor of it."""
+    whole = isinstance(num_heads, (int, torch.SymInt)) and 0 < num_heads < N and (N - num_heads) % 2 == 0
+    if not whole or not _serve((N - num_heads) // 2, num_heads):
+        raise ValueError(
+            f"{_PACKED_OP.name}: num_heads is {num_heads!r} and qkv has {N} heads, expected num_heads + 2 kv_heads, "
+            "num_heads a multiple of kv_heads; pass the number of q's heads"
+        )
+    return num_heads
 
 
 def _slack(inputs: Mapping[str, Any]) -> dict[str, float]:
@@ -161,35 +192,49 @@ def _slack(inputs: Mapping[str, Any]) -> dict[str, float]:
 # Every tile of queries reads all keys again, and the backward reads all twice; the L1 or L2 serves that.
 _LIMITS = {"requested": 2.05}
 
-_XL = {"H": 16, "head_dim": 72}
+
+def _sizes(B: int, Tq: int, Tk: int, H: int, head_dim: int, H_kv: int | None = None) -> dict[str, int]:
+    return {"B": B, "Tq": Tq, "Tk": Tk, "H": H, "H_kv": H_kv or H, "head_dim": head_dim}
+
+
+def _packed(name: str, B: int, T: int, H: int, head_dim: int, H_kv: int | None = None, **options: Any) -> Case:
+    sizes = {"B": B, "T": T, "N": H + 2 * (H_kv or H), "head_dim": head_dim}
+    return Case(name, sizes, {"num_heads": H} | options.pop("kwargs", {}), **options)
+
+
+def _packed_limits(inputs: Mapping[str, Any]) -> dict[str, float]:
+    """_LIMITS, or more for grouped heads: each reads k and v, and both kernels of the backward read q and do."""
+    even = inputs["qkv"].shape[2] == 3 * inputs["num_heads"]
+    return _LIMITS if even else {"requested": 2.65, "unique": 1.53}
+
 
 SPEC = OpSpec(
     op=_OP,
     fn=attention,
     dims=DIMS,
     cases=(
-        Case("odd", {"B": 3, "Tq": 33, "Tk": 33, "H": 2, "head_dim": 72}),
-        Case("cross", {"B": 2, "Tq": 17, "Tk": 2, "H": 2, "head_dim": 32}, {"scale": 0.5}),
-        Case("strided", {"B": 2, "Tq": 33, "Tk": 63, "H": 3, "head_dim": 48}, strided=True),
-        Case("long", {"B": 2, "Tq": 300, "Tk": 65, "H": 1, "head_dim": 80}),
-        Case("heads", {"B": 2, "Tq": 33, "Tk": 257, "H": 2, "head_dim": 32}),
-        Case("peaked", {"B": 2, "Tq": 5, "Tk": 200, "H": 1, "head_dim": 64}, {"scale": 2.0}),
-        Case("empty", {"B": 0, "Tq": 9, "Tk": 9, "H": 3, "head_dim": 32}),
-        Case("no_tokens", {"B": 2, "Tq": 0, "Tk": 0, "H": 3, "head_dim": 32}, full=True),
-        Case("one_query", {"B": 3, "Tq": 1, "Tk": 9, "H": 2, "head_dim": 32}, full=True),
-        Case("many_keys", {"B": 2, "Tq": 65, "Tk": 600, "H": 2, "head_dim": 72}, full=True),
-        *(
-            Case(f"head_dim_{d}", {"B": 2, "Tq": 63, "Tk": 33, "H": 2, "head_dim": d}, full=True)
-            for d in (56, 80, 88, 96, 104, 128)
-        ),
+        Case("odd", _sizes(3, 33, 33, 2, 72)),
+        Case("cross", _sizes(2, 17, 2, 2, 32), {"scale": 0.5}),
+        Case("strided", _sizes(2, 33, 63, 3, 48), strided=True),
+        Case("long", _sizes(2, 300, 65, 1, 80)),
+        Case("heads", _sizes(2, 33, 257, 2, 32)),
+        Case("peaked", _sizes(2, 5, 200, 1, 64), {"scale": 2.0}),
+        Case("grouped", _sizes(2, 33, 130, 4, 72, H_kv=2)),
+        Case("one_kv_head", _sizes(2, 19, 5, 3, 32, H_kv=1), {"scale": 0.5}),
+        Case("empty", _sizes(0, 9, 9, 3, 32)),
+        Case("no_tokens", _sizes(2, 0, 0, 3, 32), full=True),
+        Case("one_query", _sizes(3, 1, 9, 2, 32), full=True),
+        Case("many_keys", _sizes(2, 65, 600, 2, 72), full=True),
+        Case("groups_of_4", _sizes(2, 140, 33, 8, 48, H_kv=2), strided=True, full=True),
+        *(Case(f"head_dim_{d}", _sizes(2, 63, 33, 2, d), full=True) for d in (56, 80, 88, 96, 104, 128)),
     ),
     bench=(
-        Case("DiT-XL/2", _XL | {"B": 256, "Tq": 256, "Tk": 256}),
-        Case("DiT-XL/2, T = 1024", _XL | {"B": 64, "Tq": 1024, "Tk": 1024}),
+        Case("DiT-XL/2", _sizes(256, 256, 256, 16, 72)),
+        Case("DiT-XL/2, T = 1024", _sizes(64, 1024, 1024, 16, 72)),
     ),
     flops=lambda inputs: 4 * inputs["q"].numel() * inputs["k"].shape[1],
-    shard=("B", "H"),
-    traffic=(Case("DiT-XL/2, 2 heads, T = 256", _XL | {"B": 2, "Tq": 256, "Tk": 256, "H": 2}),),
+    shard=("B", "H", "H_kv"),  # both heads alike, by a divisor of H_kv
+    traffic=(Case("DiT-XL/2, 2 heads, T = 256", _sizes(2, 256, 256, 2, 72)),),
     limits=_LIMITS,
     slack=_slack,
     peers={"transformer-engine": transformer_engine_attention},
@@ -199,21 +244,27 @@ PACKED_SPEC = OpSpec(
     fn=attention_qkvpacked,
     dims=PACKED_DIMS,
     cases=(
-        Case("odd", {"B": 3, "T": 33, "H": 2, "head_dim": 72}),
-        Case("strided", {"B": 2, "T": 63, "H": 3, "head_dim": 40}, {"scale": 0.5}, strided=True),
-        Case("long", {"B": 2, "T": 257, "H": 1, "head_dim": 64}),
-        Case("empty", {"B": 0, "T": 9, "H": 3, "head_dim": 32}),
-        *(Case(f"head_dim_{d}", {"B": 2, "T": 130, "H": 2, "head_dim": d}, full=True) for d in (32, 72, 80, 96, 128)),
+        _packed("odd", 3, 33, 2, 72),
+        _packed("strided", 2, 63, 3, 40, kwargs={"scale": 0.5}, strided=True),
+        _packed("long", 2, 257, 1, 64),
+        _packed("grouped", 2, 63, 4, 40, H_kv=1, strided=True),
+        _packed("empty", 0, 9, 3, 32),
+        *(_packed(f"head_dim_{d}", 2, 130, 2, d, full=True) for d in (32, 72, 80, 96, 128)),
+        _packed("groups_of_2", 2, 130, 4, 72, H_kv=2, full=True),
     ),
     bench=(
-        Case("DiT-XL/2", _XL | {"B": 256, "T": 256}),
-        Case("DiT-XL/2, T = 1024", _XL | {"B": 64, "T": 1024}),
-        Case("LargeDiT-3B", {"B": 256, "T": 256, "H": 32, "head_dim": 96}),
-        Case("DiT-L/2", {"B": 256, "T": 256, "H": 16, "head_dim": 64}),
+        _packed("DiT-XL/2", 256, 256, 16, 72),
+        _packed("DiT-XL/2, T = 1024", 64, 1024, 16, 72),
+        _packed("LargeDiT-3B", 256, 256, 32, 96),
+        _packed("LargeDiT-3B, 8 heads of k", 256, 256, 32, 96, H_kv=8),
+        _packed("DiT-L/2", 256, 256, 16, 64),
     ),
-    flops=lambda inputs: 4 * inputs["qkv"].numel() // 3 * inputs["qkv"].shape[1],
-    shard=("B", "H"),
-    traffic=(Case("DiT-XL/2, 2 heads, T = 256", _XL | {"B": 2, "T": 256, "H": 2}),),
-    limits=_LIMITS,
+    flops=lambda inputs: 4 * inputs["qkv"][:, :, : inputs["num_heads"]].numel() * inputs["qkv"].shape[1],
+    shard=("B",),
+    traffic=(
+        _packed("DiT-XL/2, 2 heads, T = 256", 2, 256, 2, 72),
+        _packed("LargeDiT-3B, 4 heads, 1 of k", 1, 256, 4, 96, H_kv=1),
+    ),
+    limits=_packed_limits,
     peers={"transformer-engine": transformer_engine_qkvpacked},
 )

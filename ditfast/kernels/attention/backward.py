@@ -8,7 +8,7 @@ pass would have to add up dq across programs, by atomics. The first part leaves 
 import torch
 
 from .._triton import jit, launch, tl
-from .tiles import Configs, constants, dense, strides
+from .tiles import Configs, constants, dense, group, strides
 
 # Not measured on a chip yet. Tiles as the forward's, as far as they compile without spills: with two sums beside two
 # products, dk and dv take 32 queries at a time, and 16 on sm_80 from head_dim 88 on and in TF32.
@@ -32,6 +32,12 @@ DKDV_CONFIGS: Configs = (
     (0, 3, 128, 64, 16, 8, 2),
     (0, 4, 96, 64, 32, 8, 2),
     (0, 4, 128, 64, 16, 8, 2),
+)
+# The loop over a group's heads takes registers: 128 keys spill from head_dim 104 on, on sm_100 by Triton 3.6 from 40.
+GROUPED_DKDV_CONFIGS: Configs = (
+    *((100, 2, 128, 64, 32, 8, 2), (90, 2, 96, 128, 32, 8, 2), (90, 2, 128, 64, 32, 8, 2)),
+    *((0, 2, 80, 128, 32, 8, 2), (0, 2, 96, 128, 16, 8, 2), (0, 2, 128, 64, 16, 8, 2)),
+    *DKDV_CONFIGS[3:],
 )
 
 
@@ -136,9 +142,11 @@ def dkdv_tile(
     Tk,
     scale,
     stride_qt,
+    stride_qh,
     stride_kt,
     stride_vt,
     stride_dot,
+    stride_doh,
     stride_dkt,
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
@@ -147,8 +155,9 @@ def dkdv_tile(
     STAYS: tl.constexpr,
     PASSES: tl.constexpr,
     PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """dk and dv of the keys from `first`; the pointers are those of one head. Tiles of p and ds are transposed."""
+    """dk and dv of the keys from `first`; the pointers are those of the group's first head. p and ds are transposed."""
     row = first + tl.arange(0, STAYS)
     live = (row < Tk)[:, None]
     token = row.to(tl.int64)[:, None]
@@ -162,6 +171,7 @@ def dkdv_tile(
     v_row = v_ptr + token * stride_vt * UNIT
     q_row = q_ptr + query.to(tl.int64)[:, None] * stride_qt * UNIT
     do_row = do_ptr + query.to(tl.int64)[:, None] * stride_dot * UNIT
+    past = tl.cdiv(Tq, PASSES).to(tl.int64) * PASSES
     k = tl.load(k_row + cols, mask=live, other=0.0)
     v = tl.load(v_row + cols, mask=live, other=0.0)
     dk = tl.zeros([STAYS, MAIN], tl.float32)
@@ -172,30 +182,35 @@ def dkdv_tile(
         tail_dk = tl.zeros([STAYS, TAIL], tl.float32)
         tail_dv = tl.zeros([STAYS, TAIL], tl.float32)
 
-    for start in range(0, Tq, PASSES):
-        # Queries that are not there have q = do = delta = 0 and lse = 0, so p = 1 and ds = 0: they add nothing.
-        there = start + query < Tq
-        q = tl.load(q_row + cols, mask=there[:, None], other=0.0)
-        do = tl.load(do_row + cols, mask=there[:, None], other=0.0)
-        lse = tl.load(lse_ptr + start + query, mask=there, other=0.0)
-        delta = tl.load(delta_ptr + start + query, mask=there, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        if TAIL:
-            tail_q = tl.load(q_row + tail_cols, mask=there[:, None] & tail_in, other=0.0)
-            tail_do = tl.load(do_row + tail_cols, mask=there[:, None] & tail_in, other=0.0)
-            s = tl.dot(tail_k, tl.trans(tail_q), s, input_precision=PRECISION)
-            dp = tl.dot(tail_v, tl.trans(tail_do), dp, input_precision=PRECISION)
-        p = tl.exp2(s * log2_scale - lse[None, :])
-        ds = (p * (dp - delta[None, :])).to(q.dtype)
-        p = p.to(do.dtype)
-        dv = tl.dot(p, do, dv, input_precision=PRECISION)
-        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-        if TAIL:
-            tail_dv = tl.dot(p, tail_do, tail_dv, input_precision=PRECISION)
-            tail_dk = tl.dot(ds, tail_q, tail_dk, input_precision=PRECISION)
-        q_row += PASSES * tl.cast(stride_qt, tl.int64) * UNIT
-        do_row += PASSES * tl.cast(stride_dot, tl.int64) * UNIT
+    for _ in range(GROUP):
+        for start in range(0, Tq, PASSES):
+            # Queries that are not there have q = do = delta = 0 and lse = 0, so p = 1 and ds = 0: they add nothing.
+            there = start + query < Tq
+            q = tl.load(q_row + cols, mask=there[:, None], other=0.0)
+            do = tl.load(do_row + cols, mask=there[:, None], other=0.0)
+            lse = tl.load(lse_ptr + start + query, mask=there, other=0.0)
+            delta = tl.load(delta_ptr + start + query, mask=there, other=0.0)
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            if TAIL:
+                tail_q = tl.load(q_row + tail_cols, mask=there[:, None] & tail_in, other=0.0)
+                tail_do = tl.load(do_row + tail_cols, mask=there[:, None] & tail_in, other=0.0)
+                s = tl.dot(tail_k, tl.trans(tail_q), s, input_precision=PRECISION)
+                dp = tl.dot(tail_v, tl.trans(tail_do), dp, input_precision=PRECISION)
+            p = tl.exp2(s * log2_scale - lse[None, :])
+            ds = (p * (dp - delta[None, :])).to(q.dtype)
+            p = p.to(do.dtype)
+            dv = tl.dot(p, do, dv, input_precision=PRECISION)
+            dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+            if TAIL:
+                tail_dv = tl.dot(p, tail_do, tail_dv, input_precision=PRECISION)
+                tail_dk = tl.dot(ds, tail_q, tail_dk, input_precision=PRECISION)
+            q_row += PASSES * tl.cast(stride_qt, tl.int64) * UNIT
+            do_row += PASSES * tl.cast(stride_dot, tl.int64) * UNIT
+        q_row += (stride_qh - past * stride_qt) * UNIT
+        do_row += (stride_doh - past * stride_dot) * UNIT
+        lse_ptr += Tq
+        delta_ptr += Tq
 
     dk_row = token * stride_dkt * UNIT
     tl.store(dk_ptr + dk_row + cols, dk * scale, mask=live)
@@ -242,6 +257,7 @@ def _attention_dq_kernel(
     STAYS: tl.constexpr,
     PASSES: tl.constexpr,
     PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -251,8 +267,8 @@ def _attention_dq_kernel(
     dq_tile(
         (pid % blocks) * STAYS,
         q_ptr + (sample * stride_qb + h * stride_qh) * UNIT,
-        k_ptr + (sample * stride_kb + h * stride_kh) * UNIT,
-        v_ptr + (sample * stride_vb + h * stride_vh) * UNIT,
+        k_ptr + (sample * stride_kb + h // GROUP * stride_kh) * UNIT,
+        v_ptr + (sample * stride_vb + h // GROUP * stride_vh) * UNIT,
         o_ptr + (sample * Tq * H + h) * HEAD_DIM,
         do_ptr + (sample * stride_dob + h * stride_doh) * UNIT,
         lse_ptr + statistics,
@@ -290,7 +306,7 @@ def _attention_dkdv_kernel(
     dv_ptr,
     Tq,
     Tk,
-    H,
+    H_kv,
     blocks,
     scale,
     stride_qb,
@@ -315,17 +331,18 @@ def _attention_dkdv_kernel(
     STAYS: tl.constexpr,
     PASSES: tl.constexpr,
     PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     pid = tl.program_id(0)
     head = pid // blocks
-    sample, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    statistics = (sample * H + h) * Tq
+    sample, h = (head // H_kv).to(tl.int64), (head % H_kv).to(tl.int64)
+    statistics = (sample * H_kv + h) * GROUP * Tq
     dkdv_tile(
         (pid % blocks) * STAYS,
-        q_ptr + (sample * stride_qb + h * stride_qh) * UNIT,
+        q_ptr + (sample * stride_qb + h * GROUP * stride_qh) * UNIT,
         k_ptr + (sample * stride_kb + h * stride_kh) * UNIT,
         v_ptr + (sample * stride_vb + h * stride_vh) * UNIT,
-        do_ptr + (sample * stride_dob + h * stride_doh) * UNIT,
+        do_ptr + (sample * stride_dob + h * GROUP * stride_doh) * UNIT,
         lse_ptr + statistics,
         delta_ptr + statistics,
         dk_ptr + (sample * stride_dkb + h * stride_dkh) * UNIT,
@@ -334,9 +351,11 @@ def _attention_dkdv_kernel(
         Tk,
         scale,
         stride_qt,
+        stride_qh,
         stride_kt,
         stride_vt,
         stride_dot,
+        stride_doh,
         stride_dkt,
         HEAD_DIM,
         MAIN,
@@ -345,6 +364,7 @@ def _attention_dkdv_kernel(
         STAYS,
         PASSES,
         PRECISION,
+        GROUP,
     )
 
 
@@ -360,7 +380,7 @@ def backward(
 ) -> None:
     """Write dq, dk and dv, of which dk and dv have equal strides."""
     dq, dk, dv = grads
-    (B, Tq, H, _), Tk = q.shape, k.shape[1]
+    (B, Tq, H, _), (_, Tk, H_kv, _), heads = q.shape, k.shape, group(q, k)
     do, q, k, v = dense(do, q, k, v)
     unit, steps = strides(q, k, v, do, dq, dk)
     inputs, of_dq, of_dk = steps[:12], steps[12:15], steps[15:]
@@ -369,10 +389,11 @@ def backward(
     meta = constants(q, DQ_CONFIGS, unit, "attention_dq", k)
     blocks = -(-Tq // meta["STAYS"])
     sizes = (Tq, Tk, H, blocks, scale)
-    meta["EVEN"] = Tk % meta["PASSES"] == 0
+    meta |= {"GROUP": heads, "EVEN": Tk % meta["PASSES"] == 0}
     launch(_attention_dq_kernel, B * H * blocks, q, k, v, o, do, lse, delta, dq, *sizes, *inputs, *of_dq, **meta)
 
-    meta = constants(q, DKDV_CONFIGS, unit, "attention_dkdv", k)
+    configs = GROUPED_DKDV_CONFIGS if heads > 1 else DKDV_CONFIGS
+    meta = constants(q, configs, unit, "attention_dkdv", k) | {"GROUP": heads}
     blocks = -(-Tk // meta["STAYS"])
-    sizes = (Tq, Tk, H, blocks, scale)
-    launch(_attention_dkdv_kernel, B * H * blocks, q, k, v, do, lse, delta, dk, dv, *sizes, *inputs, *of_dk, **meta)
+    sizes = (Tq, Tk, H_kv, blocks, scale)
+    launch(_attention_dkdv_kernel, B * H_kv * blocks, q, k, v, do, lse, delta, dk, dv, *sizes, *inputs, *of_dk, **meta)

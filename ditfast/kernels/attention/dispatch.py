@@ -31,7 +31,12 @@ def refusal(backend: str, device: torch.device, dtype: torch.dtype, inputs: Sequ
     """What keeps a backend from running on such inputs (none: any of this device and dtype); None: nothing here."""
     head_dim = inputs[0].shape[-1] if inputs else None
     if backend in libraries.LIBRARIES:
-        return libraries.refusal(backend, device, dtype, head_dim)
+        return libraries.refusal(backend, device, dtype, head_dim, _grouped(inputs))
     if backend == "triton" and head_dim is not None and not has_kernels(head_dim):
         return f"its kernels take a head_dim in multiples of 8 from 32 to 128, not {head_dim}; use backend='sdpa'"
     return None
+
+
+def _grouped(inputs: Sequence[Any]) -> bool:
+    """Whether k has fewer heads than q; packed, that is a tensor (B, T, H + 2 H_kv, head_dim)."""
+    return inputs[0].shape[2] != inputs[1].shape[2] if len(inputs) == 3 else len(inputs) == 1 and inputs[0].ndim == 4

@@ -3,7 +3,7 @@
 import torch
 
 from .._triton import jit, launch, tl
-from .tiles import Configs, constants, dense, strides
+from .tiles import Configs, constants, dense, group, strides
 
 # Not measured on a chip yet. 16 bits: 128 queries read K and V half as often as 64 would, and are the 64 rows that
 # HGMMA wants for each of two groups of four warps; 64 keys take 120 to 180 registers a thread on sm_90, 128 over 200.
@@ -48,11 +48,13 @@ def _attention_fwd_kernel(
     STAYS: tl.constexpr,
     PASSES: tl.constexpr,
     PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     pid = tl.program_id(0)
     head = pid // blocks
     sample, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    kv_head = h // GROUP
     row = (pid % blocks) * STAYS + tl.arange(0, STAYS)
     live = (row < Tq)[:, None]
     token = row.to(tl.int64)[:, None]
@@ -63,8 +65,8 @@ def _attention_fwd_kernel(
     log2_scale = scale * 1.4426950408889634
 
     q_row = q_ptr + (sample * stride_qb + h * stride_qh + token * stride_qt) * UNIT
-    k_row = k_ptr + (sample * stride_kb + h * stride_kh + key.to(tl.int64)[:, None] * stride_kt) * UNIT
-    v_row = v_ptr + (sample * stride_vb + h * stride_vh + key.to(tl.int64)[:, None] * stride_vt) * UNIT
+    k_row = k_ptr + (sample * stride_kb + kv_head * stride_kh + key.to(tl.int64)[:, None] * stride_kt) * UNIT
+    v_row = v_ptr + (sample * stride_vb + kv_head * stride_vh + key.to(tl.int64)[:, None] * stride_vt) * UNIT
     q = tl.load(q_row + cols, mask=live, other=0.0)
     o = tl.zeros([STAYS, MAIN], tl.float32)
     if TAIL:
@@ -122,5 +124,5 @@ def forward(results: tuple[torch.Tensor, ...], q: torch.Tensor, k: torch.Tensor,
     unit, steps = strides(q, k, v)
     meta = constants(q, CONFIGS, unit, "attention_fwd", k)
     blocks = -(-Tq // meta["STAYS"])
-    meta["EVEN"] = Tk % meta["PASSES"] == 0
+    meta |= {"GROUP": group(q, k), "EVEN": Tk % meta["PASSES"] == 0}
     launch(_attention_fwd_kernel, B * H * blocks, q, k, v, o, lse, Tq, Tk, H, blocks, scale, *steps, **meta)

@@ -1,7 +1,7 @@
 """Attention by other people's kernels: an adapter for each library, and why it cannot run where it cannot.
 
-Adapters take q (B, Tq, H, head_dim), k and v (B, Tk, H, head_dim) and a scale, and are differentiable. No library is
-imported before it is asked for: an install can be there and broken, or built for another PyTorch, so the first use
+Adapters take q (B, Tq, H, head_dim), k and v (B, Tk, H_kv, head_dim) and a scale, and are differentiable. No library
+is imported before it is asked for: an install can be there and broken, or built for another PyTorch, so the first use
 looks for the package, then at its version, then runs it once on a tiny input, and remembers.
 """
 
@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .reference import repeated, unpacked
+
 _16_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -31,10 +33,14 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """PyTorch's scaled_dot_product_attention, its own choice of kernel."""
+    grouped = q.shape[2] != k.shape[2]
+    # On a GPU its kernels for grouped heads are FA2 and cuDNN; without them it would write the weights to memory.
+    if grouped and q.is_cuda and (q.dtype not in _16_BITS or capability(q.device) < 80):
+        k, v, grouped = repeated(k, q.shape[2]), repeated(v, q.shape[2]), False
     if q.is_cuda and not torch.compiler.is_compiling():
         q, k, v = aligned(q), aligned(k), aligned(v)
     return F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale, enable_gqa=grouped
     ).transpose(1, 2)
 
 
@@ -49,7 +55,9 @@ def _flash_attn_2(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
     return flash_attn_func(q, k, v, softmax_scale=scale, causal=False)
 
 
-def _flash_attn_2_packed(qkv: torch.Tensor, scale: float) -> torch.Tensor:
+def _flash_attn_2_packed(qkv: torch.Tensor, num_heads: int, scale: float) -> torch.Tensor:
+    if qkv.ndim == 4:
+        return _flash_attn_2(*unpacked(qkv, num_heads), scale)
     from flash_attn import flash_attn_qkvpacked_func
 
     return flash_attn_qkvpacked_func(qkv, softmax_scale=scale, causal=False)
@@ -75,14 +83,14 @@ def _first(out: Any) -> torch.Tensor:
 def _xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     from xformers.ops import memory_efficient_attention
 
-    return memory_efficient_attention(q, k, v, scale=scale)
+    return memory_efficient_attention(q, repeated(k, q.shape[2]), repeated(v, q.shape[2]), scale=scale)
 
 
 @dataclass(frozen=True)
 class Library:
     """What is known of a library.
 
-    run           the adapter; run_packed that of qkv (B, T, 3, H, head_dim), where dqkv is written without a copy
+    run           the adapter; run_packed that of packed qkv, where the library writes dqkv without a copy
     distribution  the name to install it by, "" for what is part of PyTorch; module: the name to import
     oldest        the first version that is known to have the function that `run` calls
     install       the command that gets it
@@ -98,7 +106,7 @@ class Library:
     capabilities: tuple[int, int]
     largest: int
     dtypes: tuple[torch.dtype, ...] = _16_BITS
-    run_packed: Callable[[torch.Tensor, float], torch.Tensor] | None = None
+    run_packed: Callable[[torch.Tensor, int, float], torch.Tensor] | None = None
 
 
 # Limits are those that the projects' documents name; what they leave out, the tiny launch finds.
@@ -123,10 +131,12 @@ LIBRARIES = {
 }
 
 
-def refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str | None:
+def refusal(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int | None, grouped: bool = False
+) -> str | None:
     """What keeps library `name` from running on such tensors, and what to do about it; None where nothing does.
 
-    head_dim None: whatever it is.
+    head_dim None: whatever it is. grouped: k and v have fewer heads than q.
     """
     library = LIBRARIES[name]
     if device.type != "cuda":
@@ -143,8 +153,9 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int |
         return f"it is for GPUs of sm_{least} to sm_{most}, this one is sm_{here}; use backend='sdpa'"
     # A number that equals head_dim: under torch.compile that may be a symbol.
     number = 64 if head_dim is None else next(n for n in range(8, library.largest + 1, 8) if n == head_dim)
-    if error := _failure(name, device, dtype, number):
-        return f"it failed on a tiny input: {error}; {_remedy(library)}"
+    if error := _failure(name, device, dtype, number, grouped):
+        kind = "a tiny input with 2 heads of q to one of k" if grouped else "a tiny input"
+        return f"it failed on {kind}: {error}; {_remedy(library)}"
     return None
 
 
@@ -170,8 +181,8 @@ def _missing(name: str) -> str | None:
 
 
 @_constant
-def _failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    return launch_tiny(name, device, dtype, head_dim)
+def _failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool) -> str | None:
+    return launch_tiny(name, device, dtype, head_dim, grouped)
 
 
 @lru_cache
@@ -210,11 +221,11 @@ def _remedy(library: Library) -> str:
 
 
 @lru_cache
-def launch_tiny(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def launch_tiny(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool) -> str | None:
     """What a forward and backward on a tiny input raise, with the versions; None where they run."""
-    shape = (1, 64, 1, head_dim)
+    shapes = ((1, 64, heads, head_dim) for heads in (1 + grouped, 1, 1))
     with torch.inference_mode(False), torch.enable_grad():
-        q, k, v = (torch.ones(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
+        q, k, v = (torch.ones(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes)
         try:
             LIBRARIES[name].run(q, k, v, 1.0).sum().backward()
         except Exception as error:
@@ -223,9 +234,9 @@ def launch_tiny(name: str, device: torch.device, dtype: torch.dtype, head_dim: i
     return None
 
 
-def packed(run: Callable[..., torch.Tensor]) -> Callable[[torch.Tensor, float], torch.Tensor]:
-    """The adapter for qkv (B, T, 3, H, head_dim) of one for three tensors."""
-    return lambda qkv, scale: run(*qkv.unbind(2), scale)
+def packed(run: Callable[..., torch.Tensor]) -> Callable[[torch.Tensor, int, float], torch.Tensor]:
+    """The adapter for packed qkv and the number of q's heads, of one for three tensors."""
+    return lambda qkv, num_heads, scale: run(*unpacked(qkv, num_heads), scale)
 
 
 FUNCTIONS = {**{name: library.run for name, library in LIBRARIES.items()}, "sdpa": sdpa}

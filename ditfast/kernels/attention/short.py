@@ -9,7 +9,7 @@ import torch
 
 from .._triton import jit, launch, tl
 from .backward import dkdv_tile, dq_tile
-from .tiles import Configs, constants, dense, strides
+from .tiles import Configs, constants, dense, group, strides
 
 LONGEST = 256
 # Not measured on a chip yet. The tiles of the second part of backward.py, which are the smaller ones; on sm_80 masked
@@ -124,9 +124,11 @@ def _attention_short_bwd_kernel(
             Tk,
             scale,
             stride_qt,
+            stride_qh,
             stride_kt,
             stride_vt,
             stride_dot,
+            stride_doh,
             stride_dkt,
             HEAD_DIM,
             MAIN,
@@ -135,12 +137,16 @@ def _attention_short_bwd_kernel(
             STAYS,
             PASSES,
             PRECISION,
+            1,
         )
 
 
 def takes(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether the form is for such tensors: 16 bits, and few enough tokens for one program a head."""
-    return q.element_size() == 2 and max(q.shape[1], k.shape[1]) <= LONGEST
+    """Whether the form is for such tensors: 16 bits, few enough tokens for one program a head, and a head of k each.
+
+    With a group of heads to one of k, the L1 has no room for their q and do, and there are too few programs.
+    """
+    return q.element_size() == 2 and max(q.shape[1], k.shape[1]) <= LONGEST and group(q, k) == 1
 
 
 def backward(

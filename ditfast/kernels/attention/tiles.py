@@ -24,6 +24,11 @@ def head_widths(head_dim: int) -> tuple[int, int]:
     return main, max(16, 1 << (head_dim - main - 1).bit_length()) if main < head_dim else 0
 
 
+def group(q: torch.Tensor, k: torch.Tensor) -> int:
+    """Heads of q (B, Tq, H, head_dim) to one of k (B, Tk, H_kv, head_dim)."""
+    return max(1, q.shape[2] // max(1, k.shape[2]))
+
+
 def dense(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Each tensor itself where its last dim is dense, else a contiguous copy."""
     return tuple(map(rows, tensors))

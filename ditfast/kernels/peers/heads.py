@@ -21,6 +21,7 @@ def transformer_engine_attention(**inputs: Any) -> torch.Tensor:
     attention = DotProductAttention(
         num_attention_heads=q.shape[2],
         kv_channels=q.shape[3],
+        num_gqa_groups=k.shape[2],
         attention_dropout=0.0,
         qkv_format="bshd",
         attn_mask_type="no_mask",
@@ -31,8 +32,13 @@ def transformer_engine_attention(**inputs: Any) -> torch.Tensor:
 
 def transformer_engine_qkvpacked(**inputs: Any) -> torch.Tensor:
     """attention_qkvpacked by the same, of views into the packed tensor."""
-    q, k, v = inputs["qkv"].unbind(2)
+    q, k, v = _split(inputs["qkv"], inputs["num_heads"])
     return transformer_engine_attention(q=q, k=k, v=v, scale=inputs.get("scale"))
+
+
+def _split(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, ...]:
+    kv_heads = (qkv.shape[2] - heads) // 2
+    return qkv.split((heads, kv_heads, kv_heads), 2)
 
 
 def liger_qk_norm_rope(**inputs: Any) -> torch.Tensor:
@@ -76,8 +82,7 @@ def _normed_and_rotated(norm: Norm, rotation: Rotation, inputs: dict[str, Any]) 
     qkv = inputs["qkv"]
     heads = inputs.get("num_heads") or qkv.shape[2]
     packed = qkv.flatten(2, 3) if qkv.ndim == 5 else qkv
-    kv_heads = (packed.shape[2] - heads) // 2
-    q, k, v = packed.split((heads, kv_heads, kv_heads), 2)
+    q, k, v = _split(packed, heads)
     kind, eps = inputs.get("norm", "none"), inputs.get("eps", 1e-6)
 
     def normed(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:

@@ -34,6 +34,32 @@ def test_keys_with_a_score_of_minus_infinity_weigh_nothing(backend, infinite, de
     torch.testing.assert_close(attention(q, k, v, backend=backend), expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kv_heads", (1, 2))
+def test_grouped_heads_read_the_same_as_repeated_ones(backend, kv_heads, device, generator):
+    q, k, v = (torch.randn(2, 9, H, 32, device=device, generator=generator) for H in (6, kv_heads, kv_heads))
+    many = [q] + [torch.stack([x[:, :, h // (6 // kv_heads)] for h in range(6)], 2) for x in (k, v)]
+    expected = attention(*many, backend=backend)
+    torch.testing.assert_close(attention(q, k, v, backend=backend), expected)
+    packed = attention_qkvpacked(torch.cat((q, k, v), 2), num_heads=6, backend=backend)
+    torch.testing.assert_close(packed, expected)
+    as_many = attention_qkvpacked(torch.cat(many, 2), num_heads=6, backend=backend)
+    assert torch.equal(as_many, attention_qkvpacked(torch.stack(many, 2), backend=backend))
+
+
+@pytest.mark.parametrize("kv_heads", (0, 4, 5, 12))
+def test_heads_of_k_that_do_not_divide_those_of_q_are_an_error(kv_heads):
+    q, k = torch.ones(1, 4, 6, 32), torch.ones(1, 4, kv_heads, 32)
+    with pytest.raises(ValueError, match=f"attention: q has 6 heads and k {kv_heads}, expected .* a multiple"):
+        attention(q, k, k)
+
+
+@pytest.mark.parametrize(("num_heads", "N"), ((6, 14), (6, 13), (6, 6), (6, 30), (0, 4), (6.0, 10), ("6", 10)))
+def test_packed_heads_that_do_not_add_up_are_an_error(num_heads, N):
+    with pytest.raises(ValueError, match=f"num_heads is {num_heads!r} and qkv has {N} heads, expected num_heads"):
+        attention_qkvpacked(torch.ones(1, 4, N, 32), num_heads=num_heads)
+
+
 @pytest.mark.parametrize("scale", ("x", 0.0, -1.0, float("inf"), float("nan")))
 def test_a_scale_that_is_no_positive_number_is_an_error(scale):
     q = torch.ones(1, 4, 2, 32)

@@ -23,11 +23,11 @@ if dtype == "tf32":
     dtype = "float32"
     torch.backends.cuda.matmul.allow_tf32 = True
 cases = tuple(
-    Case(f"{d}, T = {T}", {"B": 8, "T": T, "H": 16, "head_dim": int(d)})
-    for d in head_dims for T in ((200, 1024) if dtype == "bfloat16" else (1000, 1024))
+    Case(f"{d}, T = {T}, {N} heads", {"B": 8, "T": T, "N": N, "head_dim": int(d)}, {"num_heads": 16})
+    for d in head_dims for N in (48, 24) for T in ((200, 1024) if dtype == "bfloat16" else (1000, 1024))
 )
 rows = list(check.check([replace(spec, bench=cases)], [arch], getattr(torch, dtype)))
-assert len(rows) >= 3 * len(head_dims) and all(row.dots for row in rows) is (dtype == "bfloat16")
+assert len(rows) >= 11 * len(head_dims) and all(row.dots for row in rows) is (dtype == "bfloat16")
 print(check.table([row for row in rows if not row.ok]))
 sys.exit(not all(row.ok for row in rows))
 """

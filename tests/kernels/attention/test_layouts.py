@@ -1,5 +1,6 @@
 """What the kernels of attention read and write in place, the form that a length takes, and far offsets."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -29,11 +30,19 @@ def storages(*tensors):
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
-@pytest.mark.parametrize(("T", "kernels"), ((33, ["short_bwd"]), (257, ["dq", "dkdv"])))
-def test_qkv_is_read_in_place_and_its_gradient_written_packed(T, kernels, launched, device):
-    linear = torch.nn.Linear(16, 3 * 2 * 72, device=device, dtype=torch.bfloat16)
-    qkv = linear(torch.randn(2, T, 16, device=device).bfloat16()).detach().unflatten(2, (3, 2, 72)).requires_grad_()
-    o = attention_qkvpacked(qkv, backend="triton")
+@pytest.mark.parametrize(
+    ("T", "heads", "options", "kernels"),
+    (
+        (33, (3, 2), {}, ["short_bwd"]),
+        (33, (6,), {"num_heads": 2}, ["short_bwd"]),
+        (257, (3, 2), {}, ["dq", "dkdv"]),
+        (33, (4,), {"num_heads": 2}, ["dq", "dkdv"]),
+    ),
+)
+def test_qkv_is_read_in_place_and_its_gradient_written_packed(T, heads, options, kernels, launched, device):
+    linear = torch.nn.Linear(16, math.prod(heads) * 72, device=device, dtype=torch.bfloat16)
+    qkv = linear(torch.randn(2, T, 16, device=device).bfloat16()).detach().unflatten(2, (*heads, 72)).requires_grad_()
+    o = attention_qkvpacked(qkv, **options, backend="triton")
     assert storages(*o.grad_fn.saved_tensors[:2]) == storages(qkv, o)
     (dqkv,) = torch.autograd.grad(o, qkv, torch.ones_like(o))
     assert [name for name, _ in launched] == [f"_attention_{name}_kernel" for name in ["fwd", *kernels]]
@@ -44,16 +53,18 @@ def test_qkv_is_read_in_place_and_its_gradient_written_packed(T, kernels, launch
 
 
 @pytest.mark.parametrize(
-    ("lengths", "dtype", "form"),
+    ("lengths", "dtype", "kv_heads", "form"),
     (
-        ((256, 256), torch.bfloat16, "short_bwd"),
-        ((1, 257), torch.float16, "dq"),
-        ((257, 1), torch.bfloat16, "dq"),
-        ((33, 2), torch.float32, "dq"),
+        ((256, 256), torch.bfloat16, 4, "short_bwd"),
+        ((256, 256), torch.bfloat16, 2, "dq"),
+        ((1, 257), torch.float16, 4, "dq"),
+        ((257, 1), torch.bfloat16, 4, "dq"),
+        ((33, 2), torch.float32, 4, "dq"),
     ),
 )
-def test_the_form_goes_by_length_and_dtype(lengths, dtype, form):
-    q, k = (torch.empty(2, T, 3, 72, dtype=dtype, device="meta", requires_grad=True) for T in lengths)
+def test_the_form_goes_by_length_dtype_and_heads(lengths, dtype, kv_heads, form):
+    sizes = zip(lengths, (4, kv_heads), strict=True)
+    q, k = (torch.empty(2, T, H, 72, dtype=dtype, device="meta", requires_grad=True) for T, H in sizes)
     with _triton.recording() as recorded:
         o = attention(q, k, k, backend="triton")
         torch.autograd.grad(o, [q, k], torch.empty_like(o))

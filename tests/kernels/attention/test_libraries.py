@@ -14,13 +14,16 @@ from ditfast.kernels.attention.reference import attention_ref
 
 GPU = torch.device("cuda", 0)
 SCALE = 0.3
+HEADS, KV_HEADS = 6, 2
 
 
-def truth(q, k, v, scale):
+def truth(q, k, v, scale, kv_heads=KV_HEADS):
+    """kv_heads: how few heads of k the library takes."""
     assert scale == SCALE
     for name, tensor in {"q": q, "k": k, "v": v}.items():
         assert tensor.dtype == torch.bfloat16 and tensor.stride(-1) == 1, name
-        assert tensor.shape[0] == 2 and tensor.shape[2:] == (3, 72), f"{name} is not (B, T, H, head_dim)"
+        assert tensor.shape[0] == 2 and tensor.shape[3] == 72, f"{name} is not (B, T, H, head_dim)"
+    assert q.shape[2] == HEADS and k.shape[2] == v.shape[2] and k.shape[2] in (HEADS, kv_heads)
     assert q.shape[1] in (5, 7) and k.shape[1] == v.shape[1] == 7
     return attention_ref(q, k, v, scale)
 
@@ -42,12 +45,12 @@ def flash_attn_func_3(q, k, v, softmax_scale=None, causal=False):
 
 def flash_attn_func_4(q, k, v, softmax_scale=None, causal=False):
     assert causal is False
-    return truth(q, k, v, softmax_scale), torch.zeros(2, 3, 5)
+    return truth(q, k, v, softmax_scale), torch.zeros(2, HEADS, 5)
 
 
 def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None):
     assert attn_bias is None and not p
-    return truth(query, key, value, scale)
+    return truth(query, key, value, scale, HEADS)
 
 
 STAND_INS = {
@@ -87,15 +90,16 @@ def installed(monkeypatch):
     return put
 
 
-def tensors(lengths=(5, 7, 7)):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2, T, 3, 72, generator=generator).bfloat16().requires_grad_() for T in lengths]
+def tensors(lengths=(5, 7, 7), kv_heads=HEADS):
+    generator, sizes = torch.Generator().manual_seed(0), zip(lengths, (HEADS, kv_heads, kv_heads), strict=True)
+    return [torch.randn(2, T, H, 72, generator=generator).bfloat16().requires_grad_() for T, H in sizes]
 
 
 @pytest.mark.parametrize("name", STAND_INS)
-def test_adapter_gives_layout_dtype_and_scale_and_returns_the_output(name, installed):
+@pytest.mark.parametrize("kv_heads", (HEADS, KV_HEADS))
+def test_adapter_gives_layout_dtype_and_scale_and_returns_the_output(name, kv_heads, installed):
     installed(name)
-    leaves = tensors()
+    leaves = tensors(kv_heads=kv_heads)
     out = libraries.LIBRARIES[name].run(*leaves, SCALE)
     expected = attention_ref(*leaves, SCALE)
     assert torch.equal(out, expected)
@@ -110,29 +114,71 @@ def test_adapter_gives_layout_dtype_and_scale_and_returns_the_output(name, insta
 def test_packed_adapter_reads_views_of_qkv(name, installed):
     installed(name)
     qkv = torch.stack(tensors((7, 7, 7)), 2)
-    out = libraries.PACKED_FUNCTIONS[name](qkv, SCALE)
+    out = libraries.PACKED_FUNCTIONS[name](qkv, HEADS, SCALE)
     assert torch.equal(out, attention_ref(*qkv.unbind(2), SCALE))
+    q, k, v = tensors((7, 7, 7), KV_HEADS)
+    out = libraries.PACKED_FUNCTIONS[name](torch.cat((q, k, v), 2), HEADS, SCALE)
+    assert torch.equal(out, attention_ref(q, k, v, SCALE))
+
+
+@pytest.mark.parametrize("name", ("flash-attn-2", "flash-attn-3", "flash-attn-4"))
+def test_flash_attn_gets_the_few_heads_themselves(name, installed, monkeypatch):
+    installed(name)
+    module = sys.modules[libraries.LIBRARIES[name].module]
+    monkeypatch.setattr(module, "flash_attn_func", lambda *tensors, **_: tensors)
+    leaves = tensors(kv_heads=KV_HEADS)
+    given = libraries.LIBRARIES[name].run(*leaves, SCALE)
+    assert (given is leaves[0]) if name != "flash-attn-2" else all(map(torch.Tensor.is_set_to, given, leaves))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "heads"),
+    (
+        (torch.bfloat16, 90, KV_HEADS),
+        (torch.float16, 80, KV_HEADS),
+        (torch.float16, 75, HEADS),
+        (torch.float32, 90, HEADS),
+    ),
+)
+def test_sdpa_on_a_gpu_gets_few_heads_where_a_fused_kernel_takes_them(dtype, capability, heads, installed, monkeypatch):
+    installed("cudnn", capability=capability)
+    given, sdpa = [], F.scaled_dot_product_attention
+
+    def noted(q, k, v, **options):
+        given.append((k.shape[1], v.shape[1], options["enable_gqa"]))
+        return sdpa(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    q, k, v = (tensor.detach().to(dtype) for tensor in tensors(kv_heads=KV_HEADS))
+    out = libraries.sdpa(q, k, v, SCALE)
+    assert given == [(heads, heads, heads == KV_HEADS)]
+    torch.testing.assert_close(
+        out.double(), attention_ref(q.double(), k.double(), v.double(), SCALE), atol=0.02, rtol=0
+    )
 
 
 def test_flash_attn_2_gets_the_packed_tensor_itself(installed, monkeypatch):
     installed("flash-attn-2")
     monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_qkvpacked_func", lambda qkv, **_: qkv)
-    qkv = torch.zeros(2, 7, 3, 3, 72)
-    assert libraries.PACKED_FUNCTIONS["flash-attn-2"](qkv, SCALE) is qkv
+    qkv = torch.zeros(2, 7, 3, HEADS, 72)
+    assert libraries.PACKED_FUNCTIONS["flash-attn-2"](qkv, HEADS, SCALE) is qkv
 
 
 def test_cudnn_forces_its_kernel_over_heads_first(monkeypatch):
     allowed = {}
 
-    def fused(q, k, v, scale):
+    def fused(q, k, v, scale, enable_gqa):
+        assert enable_gqa is (k.shape[1] < HEADS)
         allowed.update(
             {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in ("cudnn", "flash", "math")}
         )
         return truth(*(tensor.transpose(1, 2) for tensor in (q, k, v)), scale).transpose(1, 2)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
-    q, k, v = tensors()
-    assert torch.equal(libraries.LIBRARIES["cudnn"].run(q, k, v, SCALE), attention_ref(q, k, v, SCALE))
+    for kv_heads in (HEADS, KV_HEADS):
+        q, k, v = tensors(kv_heads=kv_heads)
+        assert torch.equal(libraries.LIBRARIES["cudnn"].run(q, k, v, SCALE), attention_ref(q, k, v, SCALE))
     assert allowed == {"cudnn": True, "flash": False, "math": False}
 
 
@@ -224,6 +270,33 @@ def test_auto_passes_by_what_cannot_run_and_backend_of_says_so(installed, monkey
     assert backend_of("attention", "cuda", torch.bfloat16) == "sdpa"
     with pytest.raises(BackendError, match="cuDNN is too old"):
         backend_of("attention", "cuda", torch.bfloat16, "cudnn")
+
+
+def test_few_heads_of_k_are_tried_on_their_own(installed, monkeypatch):
+    installed("cudnn")
+    monkeypatch.setattr(libraries, "launch_tiny", lambda *args: "RuntimeError: no plan" if args[-1] else None)
+    q, k, v = (torch.empty(1, 7, H, 72, device="meta") for H in (HEADS, KV_HEADS, KV_HEADS))
+    packed, even = (
+        torch.empty(1, 7, HEADS + 2 * KV_HEADS, 72, device="meta"),
+        torch.empty(1, 7, 3, HEADS, 72, device="meta"),
+    )
+    for inputs in ((q, k, v), (packed,)):
+        assert dispatch.auto(GPU, torch.bfloat16, inputs) == "sdpa"
+        why = dispatch.refusal("cudnn", GPU, torch.bfloat16, inputs)
+        assert why.startswith("it failed on a tiny input with 2 heads of q to one of k: RuntimeError: no plan; ")
+    for inputs in ((q, q, q), (even,)):
+        assert dispatch.auto(GPU, torch.bfloat16, inputs) == "cudnn"
+
+
+@pytest.mark.parametrize("grouped", (False, True))
+def test_the_tiny_input_has_grouped_heads_where_they_are_asked_for(grouped, installed, monkeypatch):
+    probe, given = libraries.launch_tiny, []
+    installed("flash-attn-2")
+    monkeypatch.setattr(
+        sys.modules["flash_attn"], "flash_attn_func", lambda *x, **_: given.extend(t.shape[2] for t in x) or sum(x)
+    )
+    assert probe("flash-attn-2", torch.device("cpu"), torch.bfloat16, 72, grouped) is None
+    assert given == [1 + grouped, 1, 1]
 
 
 @pytest.mark.parametrize("device", ("cpu", "meta"))

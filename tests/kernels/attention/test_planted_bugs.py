@@ -11,7 +11,8 @@ from ditfast.kernels.attention import backward, forward, short
 SPECS = {spec.name: spec for spec in OPS}
 CASES = {case.name: (SPECS["attention"], case) for case in SPECS["attention"].cases}
 # Views into a larger tensor: what an unmasked load reads too much is there.
-CASES["packed"] = SPECS["attention_qkvpacked"], next(c for c in SPECS["attention_qkvpacked"].cases if c.strided)
+PACKED = {case.name: case for case in SPECS["attention_qkvpacked"].cases}
+CASES["packed"], CASES["packed_groups"] = ((SPECS["attention_qkvpacked"], PACKED[n]) for n in ("strided", "grouped"))
 MODULES = (backward, forward, short)
 
 # kernel, what is wrong, the right text, the wrong one, and the cases that show it: "odd" takes the short backward in 16
@@ -20,8 +21,10 @@ BUGS = (
     ("_attention_fwd_kernel", "missing scale", "scale * 1.44", "1.44", "odd"),
     ("_attention_fwd_kernel", "unmasked last keys", "s = tl.where(there[None, :], s,", "s = tl.where(True, s,", "odd"),
     ("_attention_fwd_kernel", "last key dropped", "start + key < Tk", "start + key < Tk - 1", "odd"),
-    ("_attention_fwd_kernel", "head of sample 0", "(sample * stride_kb + h", "(0 * stride_kb + h", "odd"),
+    ("_attention_fwd_kernel", "head of sample 0", "sample * stride_kb", "0 * stride_kb", "odd"),
     ("_attention_fwd_kernel", "first head for all", "(head % H)", "(0 * head)", "odd"),
+    ("_attention_fwd_kernel", "heads of k in turn", "h // GROUP", "h % (H // GROUP)", "grouped"),
+    ("_attention_fwd_kernel", "k of the first heads", "kv_head = h // GROUP", "kv_head = h", "grouped"),
     ("_attention_fwd_kernel", "tail forgotten in the scores", "s = tl.dot(tail_q", "_ = tl.dot(tail_q", "odd"),
     ("_attention_fwd_kernel", "unmasked tail", " & tail_in, other", ", other", "packed"),
     ("_attention_fwd_kernel", "sums not shrunk", "o * shrink[:, None]", "o", "peaked"),
@@ -41,6 +44,14 @@ BUGS = (
     ("dkdv_tile", "unmasked tail", " & tail_in, other", ", other", "packed"),
     ("_attention_dq_kernel", "do of sample 0", "sample * stride_dob", "0 * stride_dob", "long"),
     ("_attention_dq_kernel", "statistics of head 0", "sample * H + h", "sample * H", "heads"),
+    ("_attention_dq_kernel", "heads of k in turn", "h // GROUP", "h % (H // GROUP)", "grouped"),
+    ("dkdv_tile", "last head of a group dropped", "range(GROUP)", "range(max(1, GROUP - 1))", "grouped"),
+    ("dkdv_tile", "q of the first head of a group", "stride_qh - past", "-past", "grouped", "packed_groups"),
+    ("dkdv_tile", "do of the first head of a group", "stride_doh - past", "-past", "grouped"),
+    ("dkdv_tile", "lse of the first head of a group", "lse_ptr += Tq", "lse_ptr += 0", "grouped"),
+    ("dkdv_tile", "delta of the first head of a group", "delta_ptr += Tq", "delta_ptr += 0", "grouped"),
+    ("_attention_dkdv_kernel", "statistics of a group before", "H_kv + h) * GROUP", "H_kv + h)", "grouped"),
+    ("_attention_dkdv_kernel", "groups that overlap", "h * GROUP *", "h *", "grouped"),
     ("_attention_dkdv_kernel", "v of sample 0", "sample * stride_vb", "0 * stride_vb", "long"),
     ("_attention_dkdv_kernel", "first block only", "(pid % blocks)", "(0 * pid)", "heads"),
     ("_attention_short_bwd_kernel", "o of sample 0", "(sample * Tq * H + h)", "h", "odd"),

@@ -113,15 +113,25 @@ class DotProductAttention:
     """Transformer Engine's module, which joins the heads of its result."""
 
     def __init__(
-        self, num_attention_heads, kv_channels, *, attention_dropout, qkv_format, attn_mask_type, softmax_scale
+        self,
+        num_attention_heads,
+        kv_channels,
+        *,
+        num_gqa_groups,
+        attention_dropout,
+        qkv_format,
+        attn_mask_type,
+        softmax_scale,
     ):
         assert (attention_dropout, qkv_format, attn_mask_type) == (0.0, "bshd", "no_mask")
-        self.shape, self.scale = (num_attention_heads, kv_channels), softmax_scale
+        self.shapes = (num_attention_heads, kv_channels), (num_gqa_groups, kv_channels)
+        self.scale = softmax_scale
 
     def __call__(self, query_layer, key_layer, value_layer):
-        assert query_layer.shape[2:] == self.shape
+        assert (query_layer.shape[2:], key_layer.shape[2:]) == self.shapes
         q, k, v = (t.transpose(1, 2) for t in (query_layer, key_layer, value_layer))
-        return F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)
+        o = F.scaled_dot_product_attention(q, k, v, scale=self.scale, enable_gqa=True)
+        return o.transpose(1, 2).flatten(2)
 
 
 MODULES = {
