@@ -88,8 +88,7 @@ def _bwd(grads: tuple[torch.Tensor, ...], dout: torch.Tensor, qkv: torch.Tensor,
         if partial is not None:
             given = zip(parameters[i::2], grads[1 + i : 5 : 2], strict=True)
             unwanted = partial.new_empty((1, channels[i]))
-            flat = partial.view(-1, 2, channels[i])
-            sum_partials(flat, *(unwanted if p is None else dp.view(1, -1) for p, dp in given))
+            sum_partials(partial, *(unwanted if p is None else dp.view(1, -1) for p, dp in given))
 
 
 def _channels(N: int, head_dim: int, num_heads: int, over: str) -> tuple[int, int]:
