@@ -34,7 +34,8 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """PyTorch's scaled_dot_product_attention, its own choice of kernel."""
     grouped = q.shape[2] != k.shape[2]
-    # On a GPU its kernels for grouped heads are FA2 and cuDNN; without them it would write the weights to memory.
+    # On a GPU its kernels for grouped heads are FA2 and cuDNN; without them it would write the weights to memory. That
+    # for a CPU adds up the dk and dv of a group in their dtype.
     if grouped and q.is_cuda and (q.dtype not in _16_BITS or capability(q.device) < 80):
         k, v, grouped = repeated(k, q.shape[2]), repeated(v, q.shape[2]), False
     if q.is_cuda and not torch.compiler.is_compiling():

@@ -22,12 +22,13 @@ arch, dtype, *head_dims = sys.argv[1:]
 if dtype == "tf32":
     dtype = "float32"
     torch.backends.cuda.matmul.allow_tf32 = True
+heads = (48, 24) if dtype == "bfloat16" else (48,)
 cases = tuple(
     Case(f"{d}, T = {T}, {N} heads", {"B": 8, "T": T, "N": N, "head_dim": int(d)}, {"num_heads": 16})
-    for d in head_dims for N in (48, 24) for T in ((200, 1024) if dtype == "bfloat16" else (1000, 1024))
+    for d in head_dims for N in heads for T in ((200, 1024) if dtype == "bfloat16" else (1000, 1024))
 )
 rows = list(check.check([replace(spec, bench=cases)], [arch], getattr(torch, dtype)))
-assert len(rows) >= 11 * len(head_dims) and all(row.dots for row in rows) is (dtype == "bfloat16")
+assert len(rows) >= 3 * len(head_dims) and all(row.dots for row in rows) is (dtype == "bfloat16")
 print(check.table([row for row in rows if not row.ok]))
 sys.exit(not all(row.ok for row in rows))
 """
