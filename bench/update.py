@@ -2,7 +2,8 @@
 
 It begins in the middle of a run, as it were. There the moments are of the gradients' size, all the same number, so that
 the update follows small errors of a gradient smoothly (AdamW's first step is the sign of each, also of noise); and the
-EMA is so small that its decay and the new weights' share both show in it.
+EMA is so small that its decay and the new weights' share both show in it. AdamW's eps does not show: it matters to far
+smaller moments, which the parity of `adamw_ema` has.
 """
 
 import math

@@ -114,7 +114,7 @@ def _bandwidth(axes: Any, rows: Sequence[Row], labels: Sequence[str], limits: Ce
     axes.set_ylim(len(names) - 0.4, -1.4)
     axes.grid(alpha=0.25, which="both", axis="x")
     axes.grid(alpha=0.25, axis="y")
-    axes.set(xlabel="bytes that must move, over time (GB/s)", title="Memory traffic against a copy")
+    axes.set(xlabel="bytes that must move, over time (GB/s); beyond a copy: from a cache", title="Memory traffic against a copy")
 
 
 def _roof(axes: Any, rows: Sequence[tuple[str, Row]], limits: Ceilings) -> None:
@@ -234,19 +234,22 @@ def steps(rows: Sequence[Row], limits: Ceilings | None = None) -> bytes | None:
 
 
 def memory(rows: Sequence[Row], limits: Ceilings | None = None) -> bytes | None:
-    """Paired bars: activation bytes per token and layer by recompute policy, measured and estimated."""
+    """Paired bars, a panel a model: activation bytes per token and layer by recompute policy, measured and estimated."""
     jobs: dict[str, list[Row]] = {}
     for row in rows:
         if row.suite == "memory" and row.provider == DITFAST and row.extra.get("bytes_per_token_layer"):
-            jobs.setdefault(row.extra.get("precision", row.dtype), []).append(row)
+            jobs.setdefault(f"{row.name.partition(' recompute=')[0]}, {row.dtype}", []).append(row)
     if not jobs:
         return None
     kinds = (("bytes_per_token_layer", "measured", BLUE, -0.2), ("estimate_per_token_layer", "estimate", GREY, 0.2))
-    longest = max(len(mine) for mine in jobs.values())
+    longest, across = max(len(mine) for mine in jobs.values()), min(3, len(jobs))
+    down = -(-len(jobs) // across)
     with drawing() as pyplot:
-        size = (1.2 + 3.4 * len(jobs), 1.7 + 0.5 * longest)
-        figure, panels = pyplot.subplots(1, len(jobs), figsize=size, squeeze=False)
-        for axes, (precision, mine) in zip(panels[0], jobs.items(), strict=True):
+        size = (1.2 + 3.4 * across, 0.7 + (1 + 0.5 * longest) * down)
+        figure, panels = pyplot.subplots(down, across, figsize=size, squeeze=False)
+        for axes in panels.flat[len(jobs) :]:
+            axes.remove()
+        for axes, (name, mine) in zip(panels.flat, jobs.items(), strict=False):
             for key, label, colour, shift in kinds:
                 values = [row.extra.get(key) or 0 for row in mine]
                 bars = axes.barh([y + shift for y in range(len(mine))], values, 0.38, color=colour, label=label)
@@ -256,7 +259,8 @@ def memory(rows: Sequence[Row], limits: Ceilings | None = None) -> bytes | None:
             axes.set_xlim(0, 1.2 * axes.get_xlim()[1])
             axes.xaxis.set_major_locator(pyplot.MaxNLocator(4))
             axes.xaxis.set_major_formatter("{x:,.0f}")
-            axes.set(xlabel="bytes per token and layer", title=f"Activations kept, {precision}")
+            axes.set(xlabel="bytes per token and layer", title=name)
+        figure.suptitle("Activations kept")
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         return png(figure)
 

@@ -138,8 +138,7 @@ class Steps:
         for _ in range(WARMUP + 1):
             self.graph()(x + 1, *others)
         terms, _, _ = self.graph()(*self.batch)
-        exact, eager = ({"losses": found["losses"]} for found in (self.truth().exact, self.truth().eager))
-        wrong = Truth(exact, eager).judge({"losses": terms["loss"]})
+        wrong = self.truth().judge({**self.truth().eager, "losses": terms["loss"]})
         return wrong or self.update().judge(self.trainer, partial(self.graph(), *self.batch))
 
     def _graph(self) -> CudaGraph:

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from ditfast.build import build_model
 from ditfast.config import PRECISIONS, ConfigError, config_from
@@ -15,6 +13,7 @@ from ditfast.files import replacing
 from ditfast.hardware import Ceilings
 from ditfast.plan.memory import policy_memory, state
 from ditfast.plan.step import Share, rates, step_time
+from ditfast.plan.text import aligned
 
 # What a row's `extra` must say for its step to be predicted: its model's options, images a step, names of the policies.
 NEEDED = ("network", "batch", "precision", "recompute")
@@ -84,21 +83,20 @@ def _comparison(name: str, row: dict[str, Any], ceilings: Ceilings, on_gpu: bool
 
 
 def print_comparisons(found: list[Comparison], passed_over: list[str]) -> None:
-    """A line per row with the errors in percent."""
-    console = Console(soft_wrap=True)
-    head = ("row", "machine", "measured, ms", "predicted, ms", "error", "measured, MB", "predicted, MB", "error")
-    table = Table(*head, title="Held against measured rows", title_justify="left")
-    for each in found:
-        memory = "not measured" if each.measured_bytes is None else f"{each.measured_bytes / 1e6:,.1f}"
-        error = "" if each.memory_error is None else f"{each.memory_error:+.0%}"
-        table.add_row(
-            each.name, each.machine, f"{each.measured_ms:.1f}", f"{each.predicted_ms:.1f}", f"{each.error:+.0%}",
-            memory, f"{each.predicted_bytes / 1e6:,.1f}", error,
-        )  # fmt: skip
-    if found:
-        console.print(table)
+    """By machine a line per row, with the errors in percent."""
+    head = ("ms", "predicted", "error", "MB", "predicted", "error", "row")
+    for machine in dict.fromkeys(each.machine for each in found):
+        print(f"Held against rows measured on {machine}")
+        print(aligned([head, *(_line(each) for each in found if each.machine == machine)]))
     for line in passed_over:
-        console.print(f"not compared: {line}")
+        print(f"not compared: {line}")
+
+
+def _line(each: Comparison) -> tuple[str, ...]:
+    memory = "-" if each.measured_bytes is None else f"{each.measured_bytes / 1e6:,.1f}"
+    error = "" if each.memory_error is None else f"{each.memory_error:+.0%}"
+    time = (f"{each.measured_ms:.1f}", f"{each.predicted_ms:.1f}", f"{each.error:+.0%}")
+    return *time, memory, f"{each.predicted_bytes / 1e6:,.1f}", error, each.name
 
 
 def save_comparisons(found: list[Comparison], path: Path) -> None:

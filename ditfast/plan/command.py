@@ -44,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the plan; 0, or 1 where no layout fits. ConfigError for options that cannot be."""
+    if options.json is not None and options.json.is_dir():
+        raise ConfigError(f"--json {options.json} is a folder, expected a file's name")
     compared = [compare(path) for path in options.against]
     rows, passed_over = (
         [row for found, _ in compared for row in found],

@@ -1,13 +1,10 @@
 """`ditfast plan`: the candidates in a table, what the proposed one's step and memory consist of, and as JSON."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from ditfast.files import replacing
 from ditfast.hardware import rate_name
@@ -16,6 +13,7 @@ from ditfast.plan.layout import FACTORS as LAYOUT_FACTORS
 from ditfast.plan.layout import Candidate, Cluster, Job, Layout, choose, layouts, weigh
 from ditfast.plan.memory import POLICIES
 from ditfast.plan.step import FACTORS as STEP_FACTORS
+from ditfast.plan.text import aligned, wrapped
 
 
 @dataclass(frozen=True)
@@ -95,15 +93,15 @@ def _by_ratio(counts: set[int], wanted: int) -> list[int]:
 def print_plan(plan: Plan, name: str, precision: str) -> None:
     """The tables."""
     job, cluster = plan.job, plan.cluster
-    console = Console(soft_wrap=True)
     nodes = f" in {cluster.nodes} nodes of {cluster.per_node}" if cluster.nodes > 1 else ""
-    console.print(
+    told = (
         f"{name}, {job.tokens} tokens an image, {precision}, global batch {job.batch_size}, on {cluster.gpus} x "
         f"{cluster.gpu.name}{nodes}; {training_flops(job.model) / 1e9:.1f} GFLOP an image and training step"
     )
+    print(wrapped(told))
     head = ("", "data", "tensor", "seq", "sharded", "recompute", "GB", "ms", "comm", "img/s", "MFU", "")
-    console.print(_aligned([head, *(_line(plan, each) for each in plan.candidates)], left=(4, 5)))
-    console.print(
+    print(aligned([head, *(_line(plan, each) for each in plan.candidates)], left=(4, 5)))
+    print(
         "* is in ditfast, the others are not yet. GB: of a GPU; ms: of a step; comm: ms\n"
         "of communication among them that nothing hides; seq: sequence parallel."
     )
@@ -111,10 +109,10 @@ def print_plan(plan: Plan, name: str, precision: str) -> None:
         if candidate is None:
             reason = plan.candidates[0].why
             fitting = " or ".join(remedies(plan)) or "none that is near: take another GPU or model"
-            console.print(f"{title}: no layout ({reason}); what fits: {fitting}")
+            print(wrapped(f"{title}: no layout ({reason}); what fits: {fitting}"))
         elif title == "proposed" or candidate is not plan.proposed:
-            _print_parts(console, plan, title, candidate)
-    console.print(_basis(plan))
+            _print_parts(title, candidate)
+    print(_basis(plan))
 
 
 def _line(plan: Plan, each: Candidate) -> tuple[str, ...]:
@@ -140,17 +138,6 @@ def _beside(plan: Plan, each: Candidate) -> str:
     return f"{abs(percent)}% {'slower' if percent > 0 else 'faster'}" if percent else "as fast"
 
 
-def _aligned(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
-    """Lines of cells, to the left in some columns; each row's last cell has no column, so that it may be a sentence."""
-    columns = zip_longest(*(row[:-1] for row in rows), fillvalue="")
-    widths = [max(map(len, column)) for column in columns]
-    lines = []
-    for *cells, last in rows:
-        padded = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=False)))
-        lines.append(" ".join([*padded, last]).rstrip())
-    return "\n".join(lines)
-
-
 def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value < 0.1 else f"{value:.1f}"
 
@@ -159,22 +146,22 @@ def _tenths(value: float) -> str:
     return f"{value:.1f}" if value < 1e3 else f"{value:.0f}" if value < 1e9 else f"{value:.3g}"
 
 
-def _print_parts(console: Console, plan: Plan, title: str, candidate: Candidate) -> None:
+def _print_parts(title: str, candidate: Candidate) -> None:
     """Of what time and memory of a candidate consist."""
     time, memory = candidate.time, candidate.memory
     assert time is not None and memory is not None
-    console.print(f"{title}: {candidate.layout}, recompute {candidate.policy}")
+    print(f"{title}: {candidate.layout}, recompute {candidate.policy}")
     for label, unit, parts in (
         ("step", "ms", asdict(time)),
         ("memory", "GB", {name: size / 1e9 for name, size in asdict(memory).items()}),
     ):
         values = (_tenths(value) for value in (*parts.values(), sum(parts.values())))
         names = (name.replace("communication", "comm") for name in parts)
-        console.print(_aligned([(label, *names, "all", ""), (unit, *values, "")], left=(0,)))
-    console.print(
-        f"each GPU sends {candidate.communicated / 1e9:.2f} GB a step, for {candidate.hidden:.1f} ms beside other work "
-        f"and {_tenths(time.communication)} ms that nothing hides"
+        print(aligned([(label, *names, "all", ""), (unit, *values, "")], left=(0,)))
+    sent = (
+        f"each GPU sends {candidate.communicated / 1e9:.2f} GB a step, for {candidate.hidden:.1f} ms beside other work"
     )
+    print(wrapped(f"{sent} and {_tenths(time.communication)} ms that nothing hides"))
 
 
 def _basis(plan: Plan) -> str:
@@ -186,12 +173,13 @@ def _basis(plan: Plan) -> str:
     factors = STEP_FACTORS | LAYOUT_FACTORS
     if ceilings.source == "measured":
         factors = {name: factor for name, factor in factors.items() if "datasheet" not in name}
-    lines = [
+    text = (
         f"Computed from shapes and {ceilings.source} ceilings of {ceilings.machine}: {rate:g} TFLOP/s, copy "
         f"{ceilings.copy_gbps:g} GB/s; {link:g} GB/s to its node{network}. Nothing was run. Not in it: the "
         "host's time, which a small batch waits for, and loading data. Assumed:"
-    ]
-    return "\n".join(lines + [f"  {name} {factor.value:g}: {factor.reason}" for name, factor in factors.items()])
+    )
+    reasons = (f"{name} {factor.value:g}: {factor.reason}" for name, factor in factors.items())
+    return "\n".join([wrapped(text), *(wrapped(reason, indent=2) for reason in reasons)])
 
 
 def save_plan(plan: Plan, path: Path, name: str, precision: str, against: list[dict[str, Any]]) -> None:

@@ -139,7 +139,7 @@ def test_a_share_is_read(text, share):
     assert compare.percent(text) == pytest.approx(share)
 
 
-@pytest.mark.parametrize("text", ["five", "-1%", "nan", ""])
+@pytest.mark.parametrize("text", ["five", "-1%", "nan", "", "5"])
 def test_no_share_is_refused(text):
     with pytest.raises(compare.argparse.ArgumentTypeError, match="5%"):
         compare.percent(text)

@@ -171,6 +171,12 @@ def test_memory_stands_beside_its_estimate(rows, drawn):
     assert lengths == pytest.approx([*measured, *(1.01 * value for value in measured)])
 
 
+def test_models_of_one_precision_have_a_panel_each(rows, drawn):
+    others = [replace(row, name=row.name.replace("DiT", "SiT")) for row in rows if row.suite == "memory"]
+    titles = [axes.get_title(loc="left") or axes.get_title() for axes in drawn["memory"](rows + others, LIMITS).axes]
+    assert len(titles) == len(set(titles)) and {"SiT" in title for title in titles} == {True, False}
+
+
 def test_scaling_shows_the_rates_and_the_linear_line(rows, drawn):
     lines = drawn["scaling"](rows, LIMITS).axes[0].lines
     assert [list(line.get_ydata()) for line in lines] == [[10, 20], [10, 20]]

@@ -36,14 +36,15 @@ def row(ms: float | None = 10.0, provider: str = "ditfast", suite: str = "model"
     return Row(suite, "DiT-S/2", provider, "bf16", "batch 64", ms=ms, peak_bytes=peak, extra=EXTRA | extra)
 
 
-def test_the_error_is_predicted_over_measured(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_the_error_is_predicted_over_measured(tmp_path, capsys):
     path = results(tmp_path / "model.json", [row(predicted() / 1.25, peak=4 * 10**9)])
     (found,), passed_over = compare(path)
     assert found.error == pytest.approx(0.25) and not passed_over
     assert found.memory_error == pytest.approx(found.predicted_bytes / 4e9 - 1)
     assert cli.main(["plan", "--against", str(path)]) == 0
-    assert "+25%" in capsys.readouterr().out
+    title, head, line = capsys.readouterr().out.splitlines()
+    assert title.endswith("NVIDIA H200") and head.startswith(" ms predicted") and len(line) < 80
+    assert "+25%" in line and line.endswith("model.json: DiT-S/2 bf16")
 
 
 def test_memory_is_that_above_what_was_there_before(tmp_path):
