@@ -114,7 +114,7 @@ def _bandwidth(axes: Any, rows: Sequence[Row], labels: Sequence[str], limits: Ce
     axes.set_ylim(len(names) - 0.4, -1.4)
     axes.grid(alpha=0.25, which="both", axis="x")
     axes.grid(alpha=0.25, axis="y")
-    axes.set(xlabel="bytes that must move, over time (GB/s); beyond a copy: from a cache", title="Memory traffic against a copy")
+    axes.set(xlabel="bytes that must move, over time (GB/s)", title="Memory traffic against a copy (beyond it: caches)")
 
 
 def _roof(axes: Any, rows: Sequence[tuple[str, Row]], limits: Ceilings) -> None:
@@ -234,7 +234,7 @@ def steps(rows: Sequence[Row], limits: Ceilings | None = None) -> bytes | None:
 
 
 def memory(rows: Sequence[Row], limits: Ceilings | None = None) -> bytes | None:
-    """Paired bars, a panel a model: activation bytes per token and layer by recompute policy, measured and estimated."""
+    """Paired bars, a panel a model: activation bytes per token and layer by policy, measured and estimated."""
     jobs: dict[str, list[Row]] = {}
     for row in rows:
         if row.suite == "memory" and row.provider == DITFAST and row.extra.get("bytes_per_token_layer"):

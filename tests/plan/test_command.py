@@ -186,7 +186,7 @@ def test_the_gpu_here_is_the_default(monkeypatch, capsys):
     (["--config=no-such.yaml"], "cannot read the configuration file no-such.yaml"),
     (["--model=DiT-S/2", "--ceilings=no-such.json"], "no-such.json has no measured ceilings of h100"),
     (["--model=DiT-S/2", "--batch-size=0"], "--batch-size must be positive, got 0"),
-    (["--model=DiT-S/2", "--gpu=h100", "--json=/"], "--json / is a folder, expected a file.s name"),
+    (["--model=DiT-S/2", "--gpu=h100", "--json=/"], "--json / is a folder, expected a file's name"),
     (["--model=DiT-S/2", "--gpu=v100"], "V100 SXM has no GEMM rate of bf16"),
 ])  # fmt: skip
 def test_refusals(options, message, capsys):

@@ -12,10 +12,11 @@ from bench.suites import SMALL, Options, model
 from bench.suites.model import GRAPH, TrainingJob, contests
 from bench.timing import Timing
 from bench.training import TINY, trainer_for
+from ditfast import kernels
 from ditfast.build import build_model
 from ditfast.diffusion.transport import paths
 from ditfast.distributed import World
-from ditfast.layers import attention, block, rope
+from ditfast.layers import block, rope
 
 CPU = torch.device("cpu")
 JOB = TrainingJob("tiny", 64, 2, "fp32", CPU, compile=False)
@@ -80,8 +81,8 @@ def angles(monkeypatch):
 
 
 def eps_of_qk_norm(monkeypatch):
-    norm = attention._norm_rows
-    monkeypatch.setattr(attention, "_norm_rows", lambda form, *xs: norm(replace(form, eps=1e-3), *xs))
+    norm = kernels.qk_norm_rope
+    monkeypatch.setattr(kernels, "qk_norm_rope", lambda *xs, **options: norm(*xs, **options | {"eps": 1e-3}))
 
 
 @pytest.mark.parametrize(
