@@ -77,6 +77,9 @@ def _sample(arguments: list[str]) -> int:
     pre.add_argument("--precision", help="fp32, bf16, ...; the run's own by default")
     pre.add_argument("--config", help="for a file of no published size: the config.yaml of its run")
     pre.add_argument("--process", choices=("ddpm", "sit"), help="for a file that looks like a DiT's: sit for a SiT's")
+    pre.add_argument(
+        "--sample_eps", type=float, help="of a sit: how far from the path's ends; the run's by default"
+    )
     pre.add_argument("--unconditional", help="weights of a second network that guides the first (two-network guidance)")
     pre.epilog = "Options of the sampler, by default the run's, described by `ditfast train --help` as --sample.NAME: "
     pre.epilog += ", ".join(f"--{key}" for key in keys(SampleConfig))
@@ -88,7 +91,12 @@ def _sample(arguments: list[str]) -> int:
     if options.tuned:
         kernels.use_tuned(options.tuned)
     weights = sampling.open_weights(options.weights, options.config, options.process)
-    config = dataclasses.replace(weights.config, sample=parse_sample(rest, weights.config.sample))
+    changes = {} if options.sample_eps is None else {"sample_eps": options.sample_eps}
+    config = dataclasses.replace(
+        weights.config,
+        sample=parse_sample(rest, weights.config.sample),
+        transport=dataclasses.replace(weights.config.transport, **changes),
+    )
     network = sampling.load_network(weights, device, options.precision, config.sample.ema)
     uncond = None
     if options.unconditional:

@@ -137,7 +137,7 @@ def _published_run(path: Path, state: dict[str, Tensor], process: str | None) ->
         )
     if process == "sit" and name.startswith("DiT-"):
         name = f"SiT-{name.removeprefix('DiT-')}"
-    told = ("in_channels", "num_classes", "learn_sigma", "mlp_ratio", "kv_heads", "qk_norm")
+    told = ("in_channels", "num_classes", "learn_sigma", "mlp_ratio", "kv_heads", "qk_norm", "position")
     options = {key: found[key] for key in told if key in found} | ({"input_size": [side, side]} if side else {})
     if process == "sit":
         options["returns_sigma"] = False

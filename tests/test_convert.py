@@ -209,6 +209,12 @@ class TestInferConfig:
         wider = state | {"x_embedder.proj.weight": torch.zeros(7, 4, 2, 2)}
         assert infer_config(wider)["preset"] is None
 
+    @pytest.mark.parametrize("name, patch", [("DiT-B/8", 1), ("DiT-XL/2", 16)])
+    def test_a_patch_size_that_is_not_published_has_no_preset(self, name, patch):
+        with torch.device("meta"):
+            config = infer_config(PUBLISHED[name](input_size=64, patch_size=patch).state_dict())
+        assert (config["preset"], config["patch_size"]) == (None, patch)
+
     @pytest.mark.parametrize("changes", [{"learn_sigma": False}, {"mlp_ratio": 2.0}, {"in_channels": 3}])
     def test_reads_options(self, changes):
         config = infer_config(tiny(**changes).state_dict())

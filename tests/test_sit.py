@@ -265,3 +265,17 @@ def test_samples_of_a_run_by_the_command(sit_run, tmp_path):
     out = [f"--out={tmp_path / 'drawn'}", "--device=cpu", "--count=2"]
     assert cli.main(["sample", made.out, "--sampler=sde", "--steps=3", *out]) == 0
     assert checkpoint.load(made.out).state["config"]["process"] == "sit"
+
+
+def test_a_run_of_no_sample_eps_takes_one_in_sampling(sit_run, tmp_path, capsys):
+    made = sit_run(overrides={"train.steps": 1})
+    train(made)
+    given = ["sample", made.out, f"--out={tmp_path}", "--device=cpu", "--count=1", "--steps=3", "--sampler=sde"]
+    given += ["--method=heun", "--last_step=none"]
+    assert cli.main(given) == 2
+    assert "undefined at t = [1.0]: take sample_eps > 0" in capsys.readouterr().err
+    assert cli.main([*given, "--sample_eps=0.01"]) == 0
+    assert cli.main([*given, "--sample_eps=0.5"]) == 2
+    assert "transport.sample_eps must be in 0 .. 0.5, got 0.5" in capsys.readouterr().err
+    train(sit_run(overrides={"train.steps": 2, "transport.sample_eps": 0.01}))
+    assert checkpoint.load(made.out).step == 2
