@@ -250,6 +250,12 @@ def guide(
             f"sample.guidance_scale {options.guidance_scale} needs a null class, but this model was trained without "
             "label dropout; use sample.guidance_scale=1, or a second, unconditional network"
         )
+    # The default of 3 is all of data with fewer.
+    if (options.guidance_channels or 0) > max(network.model.in_channels, 3):
+        raise ConfigError(
+            f"sample.guidance_channels is {options.guidance_channels}, but there are {network.model.in_channels} "
+            "channels; null guides all"
+        )
     return ClassifierFreeGuidance(
         network, options.guidance_scale, network.num_classes, options.guidance_channels, interval
     )

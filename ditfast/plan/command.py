@@ -22,9 +22,7 @@ def parser() -> argparse.ArgumentParser:
         "and what to recompute. Nothing is run; no GPU is needed.",
     )  # fmt: skip
     made.add_argument("--model", help="a preset of ditfast train: DiT-XL/2, DiT-XL/2@512, digits, ...")
-    made.add_argument(
-        "--config", help="in its place a YAML file of a run; either tells batch, precision and EMAs too"
-    )
+    made.add_argument("--config", help="in its place a YAML file of a run; either tells batch, precision and EMAs too")
     made.add_argument("--image-size", type=int, help="of --model in pixels")
     made.add_argument("--gpu", help="h100, a100-40gb, ...; by default the one here")
     made.add_argument("--gpus", type=int, help="how many, in all nodes; 1 by default, or --nodes times --gpus-per-node")
