@@ -6,6 +6,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ditfast.config import RunConfig, SampleConfig
 
 USAGE = """usage: ditfast COMMAND [options]
 
@@ -77,6 +81,7 @@ def _sample(arguments: list[str]) -> int:
     pre.add_argument("--precision", help="fp32, bf16, ...; the run's own by default")
     pre.add_argument("--config", help="for a file of no published size: the config.yaml of its run")
     pre.add_argument("--process", choices=("ddpm", "sit"), help="for a file that looks like a DiT's: sit for a SiT's")
+    pre.add_argument("--sample_eps", type=float, help="of a sit: how far from the path's ends; the run's by default")
     pre.add_argument("--unconditional", help="weights of a second network that guides the first (two-network guidance)")
     pre.epilog = "Options of the sampler, by default the run's, described by `ditfast train --help` as --sample.NAME: "
     pre.epilog += ", ".join(f"--{key}" for key in keys(SampleConfig))
@@ -88,7 +93,7 @@ def _sample(arguments: list[str]) -> int:
     if options.tuned:
         kernels.use_tuned(options.tuned)
     weights = sampling.open_weights(options.weights, options.config, options.process)
-    config = dataclasses.replace(weights.config, sample=parse_sample(rest, weights.config.sample))
+    config = _as_drawn(weights.config, parse_sample(rest, weights.config.sample), options.sample_eps)
     network = sampling.load_network(weights, device, options.precision, config.sample.ema)
     uncond = None
     if options.unconditional:
@@ -106,6 +111,16 @@ def _sample(arguments: list[str]) -> int:
     for path in sampling.write(options.out, samples, labels):
         print(path)
     return 0
+
+
+def _as_drawn(run: "RunConfig", given: "SampleConfig", sample_eps: float | None) -> "RunConfig":
+    """A run's configuration with a command line's options of sampling."""
+    from ditfast.logs import log
+
+    former, eps = run.sample, run.transport.sample_eps if sample_eps is None else sample_eps
+    if given.guidance_channels != former.guidance_channels and given.guidance_scale == former.guidance_scale != 1:
+        log.warning("guidance_scale %g is for other channels: these want their own scale", given.guidance_scale)
+    return dataclasses.replace(run, sample=given, transport=dataclasses.replace(run.transport, sample_eps=eps))
 
 
 def _export(arguments: list[str]) -> int:

@@ -38,11 +38,11 @@ class ModelConfig(Architecture):
     `input_size`, `in_channels` and `num_classes` left at None are taken from the data.
     """
 
-    class_dropout_prob: float = 0.1
-    learn_sigma: bool = True
+    class_dropout_prob: float = 0.1  # how often a label is replaced by the null class in training
+    learn_sigma: bool = True  # as many channels again, for the variance
     input_size: tuple[int, int] | None = None  # (height, width) of what the model sees
-    in_channels: int | None = None
-    num_classes: int | None = None
+    in_channels: int | None = None  # of what the model sees
+    num_classes: int | None = None  # without the null class
 
     @property
     def architecture(self) -> Architecture:
@@ -53,34 +53,34 @@ class ModelConfig(Architecture):
 class DiffusionConfig:
     """Process ddpm; the arguments of `ditfast.diffusion.create_diffusion`."""
 
-    noise_schedule: str = "linear"
-    diffusion_steps: int = 1000
-    predict_xstart: bool = False
-    use_kl: bool = False
-    sigma_small: bool = False
-    rescale_learned_sigmas: bool = False
-    timestep_sampler: Literal["uniform", "loss-second-moment"] = "uniform"
+    noise_schedule: str = "linear"  # linear, squaredcos_cap_v2 (the cosine's), ...
+    diffusion_steps: int = 1000  # T of the chain in training
+    predict_xstart: bool = False  # the model predicts x_0 in place of the noise
+    use_kl: bool = False  # trains on the variational bound in place of the MSE
+    sigma_small: bool = False  # without learn_sigma: the posterior's variance in place of beta
+    rescale_learned_sigmas: bool = False  # weights the bound's term beside the MSE by T / 1000
+    timestep_sampler: Literal["uniform", "loss-second-moment"] = "uniform"  # the second draws by the loss
 
 
 @dataclass
 class TransportConfig:
     """Process sit; the arguments of `ditfast.diffusion.create_transport`."""
 
-    path: Literal["Linear", "GVP", "VP"] = "Linear"
-    prediction: Literal["velocity", "noise", "score"] = "velocity"
+    path: Literal["Linear", "GVP", "VP"] = "Linear"  # from noise to data
+    prediction: Literal["velocity", "noise", "score"] = "velocity"  # what the model predicts
     loss_weight: Literal["none", "velocity", "likelihood"] = "none"  # of a noise or score
     train_eps: float | None = None  # how far training stays away from both ends of the path; null for the path's own
     sample_eps: float | None = None  # how far sampling does
-    timestep_sampler: Literal["uniform", "lognormal"] = "uniform"
+    timestep_sampler: Literal["uniform", "lognormal"] = "uniform"  # of the training times; lognormal: sigmoid(N(0, 1))
     cosine_loss: bool = False  # adds the loss of the velocity's direction
     timestep_shift: float = 1.0  # of the training times; below 1 towards the noise
 
 
 @dataclass
 class DataConfig:
-    """What to train on. kind: digits (in scikit-learn), folder (of images), cifar10 (binary files), features (.npy)."""
+    """What to train on."""
 
-    kind: str = "digits"
+    kind: str = "digits"  # digits (in scikit-learn), folder (of images), cifar10 (binary files), features (.npy)
     path: str | None = None  # where it is; the digits need none
     image_size: int | None = None  # side in pixels that a folder's images are resized and cropped to
     flip: bool = False  # random horizontal flips
@@ -91,37 +91,40 @@ class DataConfig:
 class OptimConfig:
     """AdamW and what goes with it; the defaults are DiT's published recipe."""
 
-    lr: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    lr: float = 1e-4  # learning rate, after the warm-up
+    beta1: float = 0.9  # decay of the gradients' average
+    beta2: float = 0.999  # decay of their squares' average
+    eps: float = 1e-8  # added to the root of the squares' average
+    weight_decay: float = 0.0  # decoupled from the gradients, times lr
     decay: Literal["matrices", "all"] = "matrices"  # matrices: no decay of biases, norms and embedding tables
     schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to zero at the last step
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # in which lr rises linearly from zero
     clip_norm: float = 0.0  # global gradient norm; 0 does not clip
-    ema_rates: list[float] = field(default_factory=lambda: [0.9999])
+    ema_rates: list[float] = field(default_factory=lambda: [0.9999])  # an EMA of the weights each
     ema_warmup: bool = False  # rate min(rate, (1 + step) / (10 + step)), for short runs
 
 
 @dataclass
 class SampleConfig:
-    """How samples are drawn, by `ditfast sample` and for the grids during training."""
+    """How samples are drawn, by `ditfast sample` and for the grids during training.
+
+    diffusion_form: how the noise that an SDE adds depends on t.
+    """
 
     sampler: str | None = None  # ddpm, ddim, dpm-solver++, diffusers:CLASS; of process sit ode, sde; null: the first
-    steps: int = 250
+    steps: int = 250  # of the sampler
     guidance_scale: float = 4.0  # 1 is no guidance
     guidance_channels: int | None = 3  # the official form guides 3 channels; null guides all
     guidance_interval: tuple[float, float] | None = None  # of t / T, or sit's t: guides only inside [low, high)
     eta: float = 0.0  # DDIM's noise level
-    clip_denoised: bool = False
+    clip_denoised: bool = False  # clips the predicted x_0 to [-1, 1], as of images
     method: Literal["euler", "heun", "dopri5"] = "euler"  # of ode and sde; dopri5, of ode, chooses its steps itself
     timestep_shift: float = 1.0  # of ode and sde: below 1, steps are denser near the noise
     diffusion_form: Literal["constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing"] = "sigma"
     diffusion_norm: float = 1.0  # with the form: how much noise an SDE adds
     last_step: Literal["none", "Mean", "Tweedie", "Euler"] = "Mean"  # of an SDE, without noise
-    last_step_size: float = 0.04
-    batch_size: int = 64
+    last_step_size: float = 0.04  # in t, which that step goes to 1
+    batch_size: int = 64  # samples drawn at once
     ema: float | None = None  # which EMA rate's weights; null takes the first, 0 the raw weights
     cuda_graph: bool = False  # replays the sampler's steps on a GPU without Python
     modulation_ahead: bool = True  # computes the adaptive norms' modulation of all steps before the loop
@@ -129,21 +132,21 @@ class SampleConfig:
 
 @dataclass
 class TrainConfig:
-    """The loop. batch_size is the global batch, over all processes and accumulation steps."""
+    """The loop."""
 
-    steps: int = 400_000
-    batch_size: int = 256
+    steps: int = 400_000  # optimizer steps of the whole run
+    batch_size: int = 256  # of a step, over all processes and parts
     accumulate: int = 1  # parts of a batch that are computed one after the other
     precision: str = "bf16"  # fp32, tf32, bf16, fp16, or with low-precision weights bf16-fast, fp16-fast
     recompute: str = "ops"  # none, ops, mlp, block, or block:k for every k-th block: ditfast.layers.recompute
     compile: bool = False  # the whole model under torch.compile
     cuda_graph: bool = False  # replays the whole step on a GPU without Python, on one process
-    log_every: int = 100
+    log_every: int = 100  # steps between lines of the log
     sample_every: int = 0  # 0 draws no grids during training
-    save_every: int = 50_000
+    save_every: int = 50_000  # steps between checkpoints
     keep: int = 3  # checkpoints kept on disk
     init_from: str | None = None  # an official checkpoint (.pt, .safetensors) to start from
-    tensorboard: bool = True
+    tensorboard: bool = True  # writes the log for TensorBoard too
 
 
 POSITIVE, BELOW_HALF, BELOW_ONE, ANY = 5e-324, 0.5 - 1e-12, 1 - 1e-12, float("inf")
@@ -177,11 +180,11 @@ SAMPLER_OPTIONS = {
 class RunConfig:
     """Everything that defines a run; saved with it as config.yaml."""
 
-    out: str = "runs/default"
+    out: str = "runs/default"  # the run's directory
     process: Literal["ddpm", "sit"] = "ddpm"  # noise by `diffusion`, or SiT's by `transport`
-    seed: int = 0
+    seed: int = 0  # of weights, data order, noise and label drops
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    deterministic: bool = False
+    deterministic: bool = False  # PyTorch's deterministic algorithms alone
     tuned: str | None = None  # a file of `python -m ditfast.kernels tune`; null keeps the kernels' pinned configs
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -210,6 +213,8 @@ class RunConfig:
             for number in value if isinstance(value, list | tuple) else [value]:
                 if number is not None and not low <= number <= high:
                     bounds = f"at least {low:g}" if high == ANY else f"in {low:g} .. {high:g}"
+                    if low == POSITIVE:
+                        bounds = "positive" if high == ANY else f"positive and below {high:g}"
                     raise ConfigError(f"{key} must be {bounds}, got {value}")
         interval = self.sample.guidance_interval
         if interval is not None and not interval[0] < interval[1]:
@@ -244,6 +249,7 @@ class RunConfig:
             own = ", ".join(known for known, process in SAMPLERS.items() if process == self.process)
             raise ConfigError(
                 f"sample.sampler {name} is of process {SAMPLERS[kind]}, but process is {self.process}, which has {own}"
+                f"; take one of these, or --process {SAMPLERS[kind]}"
             )
         for option, value in _changed(options):
             if kind not in (owners := SAMPLER_OPTIONS.get(option, (kind,))):
@@ -254,8 +260,9 @@ class RunConfig:
         if options.method == "dopri5" and kind == "sde":
             raise ConfigError("sample.method dopri5 solves the ode, but sample.sampler is sde: take euler or heun")
         if options.method == "dopri5" and (options.cuda_graph or options.timestep_shift != 1):
-            option = "cuda_graph" if options.cuda_graph else "timestep_shift"
-            raise ConfigError(f"sample.{option} needs steps that are known ahead: take sample.method euler or heun")
+            option, off = ("cuda_graph", "false") if options.cuda_graph else ("timestep_shift", "1")
+            remedy = f"take sample.method euler or heun, or {option} {off} (`ditfast sample --{option} {off}`)"
+            raise ConfigError(f"sample.{option} needs steps that are known ahead: {remedy}")
 
     @property
     def sampler(self) -> str:

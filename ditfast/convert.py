@@ -16,12 +16,13 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from ditfast.files import replacing
-from ditfast.layers.dit import SIZES
+from ditfast.layers.dit import SIZES, DiT_models
 from ditfast.layers.large_dit import LargeDiT_models
 from ditfast.layers.lightning_dit import LightningDiT_models
 
 LABELS = "y_embedder.embedding_table.weight"
 SWIGLU = "blocks.0.mlp.w12.weight"  # which no DiT has
+ROPE = "feat_rope.freqs_cos"
 _LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
 _NDIMS = {
     "x_embedder.proj.weight": 4, "pos_embed": 3, LABELS: 2, "blocks.0.mlp.fc1.weight": 2, "final_layer.linear.weight": 2
@@ -114,8 +115,9 @@ def infer_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
     side = round(tokens**0.5)
     sizes = {(layers, width): (name, heads) for name, (layers, width, heads) in SIZES.items()}
     size, heads = sizes.get((depth, hidden_size), (None, None))
+    preset = f"DiT-{size}/{patch_size}"
     return {
-        "preset": f"DiT-{size}/{patch_size}" if size else None,
+        "preset": preset if preset in DiT_models else None,
         "input_size": side * patch_size if side * side == tokens else None,
         "patch_size": patch_size,
         "in_channels": in_channels,
@@ -151,6 +153,8 @@ def _infer_swiglu(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "in_channels": in_channels,
         "num_classes": state[LABELS].shape[0] - 1,
         "learn_sigma": state[needed[2]].shape[0] == 2 * in_channels * patch_size**2,
+        # What has a sincos table is a LightningDiT, whose file holds the table of its RoPE too if it has one.
+        **({"position": ["sincos"]} if tokens and ROPE not in state else {}),
         **(_attention_forms(state, models[preset], hidden_size) if preset else {}),
     }
 

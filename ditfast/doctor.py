@@ -142,16 +142,18 @@ def memory(name: str, batch_size: int = 256, image_size: int | None = None, prec
     held = PRECISIONS[checked_precision(precision)]
     network, _, pixels = name.partition("@")
     size = image_size or (int(pixels or 256) if network in PUBLISHED else model.x_embedder.img_size[0])
-    alive, tokens = state(model, held).total / 1e9, batch_size * model.x_embedder.num_patches
+    alive, tokens = state(model, held).total, batch_size * model.x_embedder.num_patches
+    rows = plan_memory(model, held, batch_size)
+    unit, factor = ("GB", 1e9) if alive + max(row.activations + row.working for row in rows) >= 1e9 else ("MB", 1e6)
     copies = "" if held.compute is held.params else " and, at most, autocast's copies"
     console = Console(soft_wrap=True)
     console.print(
         f"Memory of training {network} at {size} pixels, batch {batch_size} ({tokens} tokens), {precision}: "
-        f"{alive:.1f} GB of weights, gradients, optimizer and EMA{copies}, and by recompute policy"
+        f"{alive / factor:.1f} {unit} of weights, gradients, optimizer and EMA{copies}, and by recompute policy"
     )
-    table = Table("policy", "bytes a token and layer", "activations, GB", "all, with a block at work, GB")
-    for row in plan_memory(model, held, batch_size):
-        total = alive + (row.activations + row.working) / 1e9
-        table.add_row(row.policy, f"{row.per_token:,.0f}", f"{row.activations / 1e9:.1f}", f"{total:.1f}")
+    table = Table("policy", "bytes a token and layer", f"activations, {unit}", f"all, with a block at work, {unit}")
+    for row in rows:
+        total = (alive + row.activations + row.working) / factor
+        table.add_row(row.policy, f"{row.per_token:,.0f}", f"{row.activations / factor:.1f}", f"{total:.1f}")
     console.print(table)
     console.print("Computed from shapes, not measured. With kernels, as on a GPU; in PyTorch's ops `none` keeps more.")

@@ -12,6 +12,10 @@ _UNKNOWN = (
     r"Option '(?P<key>[\w.]+)' is not accepted",
     r"unrecognized arguments: --(?P<key>[\w.-]+)",
 )
+_TYPE = (
+    r'Parser key "(?P<key>[\w.]+)":.*Subtypes: \[(?P<known>.*?)\]\n.*Given value: (?P<given>.*)',
+    r'Parser key "(?P<key>[\w.]+)":\s+Expected a (?P<known><class .*?>)\. Got value: (?P<given>.*)',
+)
 _CHOICE = r'Parser key "(?P<key>[\w.]+)":\s+Expected a typing\.Literal\[(?P<known>[^]]*)\]\. Got value: (?P<given>.*)'
 
 
@@ -23,11 +27,14 @@ def nearest(word: str, known: Any) -> str:
 
 
 def explain(message: str, known: list[str]) -> str:
-    """The parser's message; of an unknown key with the nearest one, of a choice with those there are."""
+    """The parser's message; of an unknown key with the nearest one, of a choice or a type with those there are."""
     if choice := re.search(_CHOICE, message):
         choices = re.findall(r"'([^']*)'", choice["known"])
         given = choice["given"].strip()
         return f"{choice['key']} must be one of {', '.join(choices)}, got {given!r}{nearest(given, choices)}"
+    if typed := next((found for pattern in _TYPE if (found := re.search(pattern, message, re.S))), None):
+        known_types = " or ".join(_yaml_type(name, typed["key"]) for name in _split(typed["known"]))
+        return f"{typed['key']} must be {known_types}, got {typed['given'].strip()!r}"
     unknown = next((found for pattern in _UNKNOWN if (found := re.search(pattern, message))), None)
     if not unknown:
         return message
@@ -36,6 +43,19 @@ def explain(message: str, known: list[str]) -> str:
     by_last = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
     suggestion = f". Did you mean {by_last[0]!r}?" if by_last else nearest(key, known)
     return f"unknown option {key!r}{suggestion or '; known: ' + ', '.join(known)}"
+
+
+def _split(types: str) -> list[str]:
+    """The types of a list of them, whose own commas are inside brackets."""
+    return re.split(r", (?![^\[]*\])", types)
+
+
+def _yaml_type(name: str, key: str) -> str:
+    """A type by what is written for it: null for None, [int, int] for a tuple of two."""
+    name = re.sub(r"<class '(.*)'>", r"\1", name)
+    if "." in name:
+        return f"options, --{key}.NAME"
+    return {"NoneType": "null"}.get(name, re.sub(r"^(tuple|list)(?=\[)", "", name))
 
 
 def describe(parser: argparse.ArgumentParser, cls: type) -> None:
@@ -57,7 +77,8 @@ def _helps(cls: type, prefix: str) -> tuple[dict[str, str], dict[str, type]]:
         found = re.findall(r"^ {4}(\w+): .*?  # (.+)", inspect.getsource(base), re.M)
         for names, text in re.findall(r"^([\w, ]+): (.+(?:\n {4}.+)*)", inspect.cleandoc(base.__doc__ or ""), re.M):
             found += [(name, " ".join(text.split())) for name in names.split(", ")]
-        helps |= {prefix + name: text.replace("%", "%%") for name, text in found}
+        # The command line reads YAML, whose None is null.
+        helps |= {prefix + name: re.sub(r"\bNone\b", "null", text.replace("%", "%%")) for name, text in found}
     for f in dataclasses.fields(cls):
         if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
             sections[prefix + f.name] = f.type

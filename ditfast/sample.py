@@ -137,7 +137,7 @@ def _published_run(path: Path, state: dict[str, Tensor], process: str | None) ->
         )
     if process == "sit" and name.startswith("DiT-"):
         name = f"SiT-{name.removeprefix('DiT-')}"
-    told = ("in_channels", "num_classes", "learn_sigma", "mlp_ratio", "kv_heads", "qk_norm")
+    told = ("in_channels", "num_classes", "learn_sigma", "mlp_ratio", "kv_heads", "qk_norm", "position")
     options = {key: found[key] for key in told if key in found} | ({"input_size": [side, side]} if side else {})
     if process == "sit":
         options["returns_sigma"] = False
@@ -249,6 +249,12 @@ def guide(
         raise ConfigError(
             f"sample.guidance_scale {options.guidance_scale} needs a null class, but this model was trained without "
             "label dropout; use sample.guidance_scale=1, or a second, unconditional network"
+        )
+    # The default of 3 is all of data with fewer.
+    if (options.guidance_channels or 0) > max(network.model.in_channels, 3):
+        raise ConfigError(
+            f"sample.guidance_channels is {options.guidance_channels}, but there are {network.model.in_channels} "
+            "channels; null guides all"
         )
     return ClassifierFreeGuidance(
         network, options.guidance_scale, network.num_classes, options.guidance_channels, interval

@@ -36,6 +36,7 @@ from ditfast.stopping import Interrupted, stop_requests
 # The options that a checkpoint cannot go on without, and the further ones that decide a run's numbers.
 IDENTITY = ("process", "model.", "diffusion.", "transport.", "optim.ema_rates")
 NUMBERS = (*IDENTITY, "seed", "data.kind", "data.flip", "optim.", "train.batch_size", "train.precision")
+SAMPLING_ALONE = "transport.sample_eps"
 SMALLEST_SCALE = 2.0**-14  # a loss scale below it means that the forward itself overflows
 
 
@@ -291,7 +292,7 @@ class Trainer:
         changed = {
             key: f"{key}: {theirs} there, {ours} here"
             for key, (theirs, ours) in differences(config_from(loaded.state["config"]), self.config).items()
-            if key.startswith(NUMBERS)
+            if key.startswith(NUMBERS) and key != SAMPLING_ALONE
         }
         if others := [text for key, text in changed.items() if key.startswith(IDENTITY)]:
             raise ConfigError(

@@ -98,12 +98,12 @@ class TestData:
     @pytest.mark.parametrize("options, message", [
         ({"model.num_classes": 9}, "model.num_classes is 9, but the data has 10 classes; raise it or leave it out"),
         ({"model.input_size": (16, 16)}, r"model.input_size is \(16, 16\), but the data has \(8, 8\)"),
-        ({"model.in_channels": 3}, "channels 3, it has 1"),
+        ({"model.in_channels": 3}, "channels 3, it has 1: that is model.in_channels, given or of the preset"),
         ({"data.kind": "digit"}, "did you mean 'digits'"),
         ({"data.kind": "folder"}, "dataset 'folder' needs path"),
         ({"data.kind": "folder", "data.path": "/nowhere", "data.image_size": 8}, "/nowhere is missing"),
         ({"data.path": "/nowhere"}, "'digits' takes no path '/nowhere'"),
-        ({"data.flip": True}, "'digits' takes no flip True"),
+        ({"data.flip": True}, "'digits' takes no flip True.*: that is data.flip,"),
     ])  # fmt: skip
     def test_data_that_does_not_fit(self, options, message, tiny_run):
         with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -52,12 +53,22 @@ def test_help_says_of_options_what_the_source_does(capsys):
     printed = " ".join(capsys.readouterr().out.split())
     for said in (
         "noise by `diffusion`, or SiT's by `transport` (type: Literal['ddpm', 'sit'], default: sit)",
-        "--model.kv_heads KV_HEADS heads of k and v, dividing num_heads; None: as many.",
-        "data: What to train on. kind: digits (in scikit-learn)",
+        "--model.kv_heads KV_HEADS heads of k and v, dividing num_heads; null: as many.",
+        "--data.kind KIND digits (in scikit-learn)",
         "--sample.guidance_scale GUIDANCE_SCALE 1 is no guidance (type: float, default: 2.0)",
     ):
         assert said in printed
     assert "<class" not in printed
+
+
+@pytest.mark.parametrize("preset", ["digits", "LightningDiT-XL/1", "LargeDiT-3B/2"])
+def test_help_describes_every_option(preset, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        parse_config(["--help"], preset)
+    entries = re.findall(r"^  (?:-h, )?--([\w.]+)(.*)(?:\n {6,}(.*))?", capsys.readouterr().out, re.M)
+    said = {name: re.sub(r"{.*?}|\(type: .*", "", " ".join(text)) for name, *text in entries}
+    assert said.keys() >= set(keys()) and [name for name, text in said.items() if not re.search("[a-z]", text)] == []
 
 
 def quick(name):
@@ -135,13 +146,18 @@ def test_an_architecture_by_options():
         (["--transport.path", "gpv"], "transport.path must be one of Linear, GVP, VP, got 'gpv'. Did you mean 'GVP'?"),
         (["--model.block", "adaln-zero"], "model.block.*adaln_zero.*adaln-zero"),
         (["--train.steps", "0"], "train.steps must be at least 1, got 0"),
-        (["--optim.ema_rates", "[1.5]"], r"optim.ema_rates must be in .* got \[1.5\]"),
+        (["--optim.ema_rates", "[1.5]"], r"optim.ema_rates must be positive and below 1, got \[1.5\]"),
         (["--train.save_every", "0"], "train.save_every must be at least 1, got 0"),
         (["--optim.clip_norm", "-1"], "optim.clip_norm must be at least 0, got -1"),
         (["--optim.beta1", "2"], r"optim.beta1 must be in 0 .. 1, got 2"),
+        (["--optim.lr", "0"], "optim.lr must be positive, got 0"),
         (["--seed", "-1"], "seed must be in 0 .. 9.22337e[+]18, got -1"),
         (["--out", ""], "out is empty"),
         (["--sample.guidance_interval", "[0.5,0.5]"], "guidance_interval must be .* low < high"),
+        (["--model.kv_heads", "None"], "^model.kv_heads must be int or null, got 'None'$"),
+        (["--model.input_size", "8"], r"^model.input_size must be \[int, int\] or null, got '8'$"),
+        (["--model.qk_norm", "rms"], r"^model.qk_norm must be options, --model.qk_norm.NAME or null, got 'rms'$"),
+        (["--train.steps", "many"], "^train.steps must be int, got 'many'$"),
         (["--preset"], "expected one argument; presets: digits"),
         (["--optim.warmup_steps", "9999"], "optim.warmup_steps 9999 exceeds train.steps 1000"),
     ],

@@ -19,6 +19,7 @@ from ditfast.convert import (
     load_official,
     official_keys,
 )
+from ditfast.layers import NormForm
 from ditfast.presets import PUBLISHED
 from ditfast.reference import DiT, DiT_models
 
@@ -208,6 +209,18 @@ class TestInferConfig:
             infer_config({key: value for key, value in state.items() if key != LABELS})
         wider = state | {"x_embedder.proj.weight": torch.zeros(7, 4, 2, 2)}
         assert infer_config(wider)["preset"] is None
+
+    @pytest.mark.parametrize("name, option", [("LargeDiT-3B/2", "qk_norm"), ("LightningDiT-XL/1", "use_qknorm")])
+    def test_a_qk_norm_that_its_preset_lacks(self, name, option):
+        with torch.device("meta"):
+            model = PUBLISHED[name](**{option: True})
+        assert NormForm(**infer_config(model.state_dict())["qk_norm"]) == model.architecture.qk_norm
+
+    @pytest.mark.parametrize("name, patch", [("DiT-B/8", 1), ("DiT-XL/2", 16)])
+    def test_a_patch_size_that_is_not_published_has_no_preset(self, name, patch):
+        with torch.device("meta"):
+            config = infer_config(PUBLISHED[name](input_size=64, patch_size=patch).state_dict())
+        assert (config["preset"], config["patch_size"]) == (None, patch)
 
     @pytest.mark.parametrize("changes", [{"learn_sigma": False}, {"mlp_ratio": 2.0}, {"in_channels": 3}])
     def test_reads_options(self, changes):

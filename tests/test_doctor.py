@@ -1,7 +1,9 @@
 """The doctor reports what is here and what is not."""
 
 import json
+import re
 
+import pytest
 import torch
 
 from ditfast import doctor, kernels
@@ -58,3 +60,11 @@ def test_a_library_is_proven_by_the_ledger_once_both_forms_passed(monkeypatch, t
     doctor.LEDGER.write_text(json.dumps({f"{op}/flash-attn-2": entry for op in ("attention", "attention_qkvpacked")}))
     assert doctor.library_proof("flash-attn-2") == "2.8.3 passed on NVIDIA H200"
     assert doctor.library_proof("xformers") == "unproven"
+
+
+@pytest.mark.parametrize("model, unit", [("digits", "MB"), ("DiT-XL/2", "GB")])
+def test_memory_has_a_unit_of_its_size(model, unit, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    doctor.memory(model, batch_size=4)
+    printed = capsys.readouterr().out
+    assert re.search(rf": \d\d\.\d {unit} of weights", printed) and f"activations, {unit}" in printed

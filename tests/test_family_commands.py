@@ -76,7 +76,9 @@ class TestFileAlone:
                 torch.nn.init.normal_(p, std=0.1)
         torch.save(model.state_dict(), path)
 
-    @pytest.mark.parametrize("options", [{}, {"use_qknorm": True, "input_size": 8, "in_channels": 4}], ids=str)
+    OPTIONS = [{}, {"use_qknorm": True, "input_size": 8, "in_channels": 4}, {"use_rope": False}]
+
+    @pytest.mark.parametrize("options", OPTIONS, ids=str)
     def test_of_a_lightning_dit(self, options, tiny_lightning, tmp_path):
         model, file = tiny_lightning(num_classes=7, **options), tmp_path / "w.pt"
         self.write(model, file)

@@ -139,6 +139,11 @@ class TestGuidance:
         assert isinstance(guided, ClassifierFreeGuidance)
         assert (guided.channels, guided.scale, guided.null_class, guided.interval) == (asked, 2.0, 5, None)
 
+    def test_more_channels_than_there_are(self):
+        with pytest.raises(ConfigError, match="guidance_channels is 5, but there are 4 channels; null guides all"):
+            self.guided(network(), guidance_channels=5)
+        assert isinstance(self.guided(network(in_channels=1), guidance_channels=3), ClassifierFreeGuidance)
+
     def test_official_channels_matter(self):
         labels = cycle_labels(2, None, 5)
         three, four = (draw(network(), config(guidance_channels=c), labels) for c in (3, None))

@@ -119,6 +119,7 @@ class TestSampling:
         {"sampler": "sde", "diffusion_form": "linear", "diffusion_norm": 0.5, "last_step": "Tweedie"},
         {"sampler": "sde", "method": "heun", "diffusion_form": "SBDM", "batch_size": 2},
         {"sampler": "sde", "last_step": "none"},
+        {"sampler": "sde", "timestep_shift": 0.3},
     ]
 
     @pytest.mark.parametrize("ahead", [True, False])
@@ -159,9 +160,9 @@ class TestSampling:
         ({"last_step": "none"}, "sample.last_step is 'none', an option of sde, but the sampler is ode"),
         ({"sampler": "sde", "method": "dopri5"}, "sample.method dopri5 solves the ode"),
         ({"method": "dopri5", "cuda_graph": True}, "sample.cuda_graph needs steps that are known ahead"),
-        ({"method": "dopri5", "timestep_shift": 0.3}, "sample.timestep_shift needs steps that are known ahead"),
+        ({"method": "dopri5", "timestep_shift": 0.3}, "euler or heun, or timestep_shift 1 .`ditfast sample --times"),
         ({"diffusion_norm": -1.0}, "sample.diffusion_norm must be at least 0"),
-        ({"timestep_shift": 0.0}, "sample.timestep_shift must be at least"),
+        ({"timestep_shift": 0.0}, "sample.timestep_shift must be positive, got 0"),
         ({"sampler": "od"}, "must be one of .* got 'od'. Did you mean 'ode'"),
     ])  # fmt: skip
     def test_options_that_cannot_be(self, options, message):
@@ -181,7 +182,7 @@ class TestSampling:
 @pytest.mark.parametrize("arguments, message", [
     (["--transport.path", "GVP"], "transport.path is 'GVP', an option of process sit, but process is ddpm"),
     (["--process", "sit"], "diffusion.noise_schedule is 'squaredcos_cap_v2', an option of process ddpm, but"),
-    (["--sample.sampler", "sde"], "sample.sampler sde is of process sit"),
+    (["--sample.sampler", "sde"], "sample.sampler sde is of process sit.* or --process sit$"),
     (["--sample.method", "heun"], "sample.method is 'heun', an option of ode and sde"),
     (["--model.returns_sigma", "false"], "process ddpm reads the variance .* set model.returns_sigma=true"),
 ])  # fmt: skip
@@ -265,3 +266,29 @@ def test_samples_of_a_run_by_the_command(sit_run, tmp_path):
     out = [f"--out={tmp_path / 'drawn'}", "--device=cpu", "--count=2"]
     assert cli.main(["sample", made.out, "--sampler=sde", "--steps=3", *out]) == 0
     assert checkpoint.load(made.out).state["config"]["process"] == "sit"
+
+
+@pytest.mark.parametrize("options, warned", [
+    (["--guidance_channels=2"], True), (["--guidance_channels=2", "--guidance_scale=3"], False), ([], False),
+])  # fmt: skip
+def test_other_guided_channels_with_the_same_scale_warn(options, warned, sit_run, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("ditfast.logs.setup_logging", lambda: None)  # which keeps the log from caplog
+    made = sit_run(overrides={"train.steps": 1, "sample.guidance_channels": None})
+    train(made)
+    with caplog.at_level("WARNING", "ditfast"):
+        cli.main(["sample", made.out, f"--out={tmp_path}", "--device=cpu", "--count=1", "--steps=2", *options])
+    assert ("guidance_scale 4 is for other channels" in caplog.text) == warned
+
+
+def test_a_run_of_no_sample_eps_takes_one_in_sampling(sit_run, tmp_path, capsys):
+    made = sit_run(overrides={"train.steps": 1})
+    train(made)
+    given = ["sample", made.out, f"--out={tmp_path}", "--device=cpu", "--count=1", "--steps=3", "--sampler=sde"]
+    given += ["--method=heun", "--last_step=none"]
+    assert cli.main(given) == 2
+    assert "undefined at t = [1.0]: take sample_eps > 0" in capsys.readouterr().err
+    assert cli.main([*given, "--sample_eps=0.01"]) == 0
+    assert cli.main([*given, "--sample_eps=0.5"]) == 2
+    assert "transport.sample_eps must be in 0 .. 0.5, got 0.5" in capsys.readouterr().err
+    train(sit_run(overrides={"train.steps": 2, "transport.sample_eps": 0.01}))
+    assert checkpoint.load(made.out).step == 2

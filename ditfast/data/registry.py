@@ -58,7 +58,9 @@ def build_dataset(
     for name, value in given.items():
         own = getattr(dataset, name, None)
         if name not in accepted and own != value:
+            option = {"channels": "model.in_channels", "num_classes": "model.num_classes"}.get(name, f"data.{name}")
+            found = f", it has {own!r}" if own is not None else ""
             raise DataError(
-                f"dataset {kind!r} takes no {name} {value!r}" + (f", it has {own!r}" if own is not None else "")
+                f"dataset {kind!r} takes no {name} {value!r}{found}: that is {option}, given or of the preset"
             )
     return dataset

@@ -27,10 +27,10 @@ def check_heads(hidden_size: int, num_heads: int, kv_heads: int | None = None) -
 class NormForm:
     """A norm over the last dim: kind "layer" (arXiv:1607.06450) or "rms" (arXiv:1910.07467), its eps and parameters."""
 
-    kind: str = "layer"
-    eps: float = 1e-6
-    weight: bool = False
-    bias: bool = False
+    kind: str = "layer"  # layer or rms
+    eps: float = 1e-6  # added to the variance or the mean square
+    weight: bool = False  # whether it has one
+    bias: bool = False  # whether it has one; layer alone
 
     def __post_init__(self) -> None:
         if self.kind not in ("layer", "rms"):

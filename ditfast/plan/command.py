@@ -8,8 +8,8 @@ import torch
 from ditfast.build import build_model
 from ditfast.config import PRECISIONS, ConfigError, checked_precision, load_config
 from ditfast.hardware import Ceilings, datasheet, gpu, measured
-from ditfast.layers import DiffusionTransformer, policy_of_block
-from ditfast.plan import Cluster, Job, published_model
+from ditfast.layers import policy_of_block
+from ditfast.plan import Cluster, Job, published_config
 from ditfast.plan.against import as_json, compare, print_comparisons, save_comparisons
 from ditfast.plan.report import make_plan, print_plan, save_plan
 
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
         "and what to recompute. Nothing is run; no GPU is needed.",
     )  # fmt: skip
     made.add_argument("--model", help="a preset of ditfast train: DiT-XL/2, DiT-XL/2@512, digits, ...")
-    made.add_argument("--config", help="in its place a YAML file of a run; its batch, precision, EMAs are taken too")
+    made.add_argument("--config", help="in its place a YAML file of a run; either tells batch, precision and EMAs too")
     made.add_argument("--image-size", type=int, help="of --model in pixels")
     made.add_argument("--gpu", help="h100, a100-40gb, ...; by default the one here")
     made.add_argument("--gpus", type=int, help="how many, in all nodes; 1 by default, or --nodes times --gpus-per-node")
@@ -31,8 +31,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--network", type=float, help="GB/s of each GPU to other nodes, by default of the vendor's server"
     )
-    made.add_argument("--batch-size", type=int, help="of all GPUs; 256 by default")
-    made.add_argument("--precision", help="bf16 by default, bf16-fast, ...")
+    made.add_argument("--batch-size", type=int, help="of all GPUs; by default the preset's or the file's")
+    made.add_argument("--precision", help="bf16, bf16-fast, ...; by default the preset's or the file's")
     made.add_argument("--policy", help="recompute: none, ops, mlp, block, block:k; by default the fastest that fits")
     made.add_argument("--ceilings", help="datasheet, or a file of python -m bench limits; by default what was measured "
                       "on such a GPU here, else the datasheet")  # fmt: skip
@@ -80,23 +80,20 @@ def _job(options: argparse.Namespace) -> tuple[Job, str, str]:
             policy_of_block(options.policy, 0)
         except ValueError as error:
             raise ConfigError(f"--policy: {error}") from error
-    batch, precision, accumulate, emas = 256, "bf16", 1, 1
-    model: DiffusionTransformer
     if options.config is not None:
         if options.image_size is not None:
             raise ConfigError("--image-size is of use only with --model; set model.input_size in the file of --config")
         config, name = load_config(options.config), str(options.config)
-        batch, precision, accumulate = config.train.batch_size, config.train.precision, config.train.accumulate
-        emas = len(config.optim.ema_rates)
-        with torch.device("meta"):
-            model = build_model(config.model)
     else:
-        model, name = published_model(options.model, options.image_size), options.model
+        config, name = published_config(options.model, options.image_size), options.model
         if options.image_size is not None:
             name = f"{name.partition('@')[0]}@{options.image_size}".removesuffix("@256")
-    batch = batch if options.batch_size is None else options.batch_size
-    precision = checked_precision(options.precision or precision)
-    return Job(model, PRECISIONS[precision], batch, accumulate, emas), name, precision
+    with torch.device("meta"):
+        model = build_model(config.model)
+    batch = config.train.batch_size if options.batch_size is None else options.batch_size
+    precision = checked_precision(options.precision or config.train.precision)
+    emas = len(config.optim.ema_rates)
+    return Job(model, PRECISIONS[precision], batch, config.train.accumulate, emas), name, precision
 
 
 def _cluster(options: argparse.Namespace) -> Cluster:

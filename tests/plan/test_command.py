@@ -138,6 +138,15 @@ def test_a_configuration_of_ones_own(tmp_path, capsys):
     assert memory["emas"] == 2 * 2 * memory["weights"], "two EMAs in fp32 of bf16 weights"
 
 
+@pytest.mark.parametrize("preset, options, title", [
+    ("LightningDiT-XL/1", [], "bf16, global batch 1024,"), ("digits", [], "fp32, global batch 128,"),
+    ("LightningDiT-XL/1", ["--batch-size=64", "--precision=bf16-fast"], "bf16-fast, global batch 64,"),
+])  # fmt: skip
+def test_a_preset_has_its_batch_and_precision(preset, options, title, capsys):
+    plan(f"--model={preset}", "--gpus=8", "--gpu=h100", *options)
+    assert title in capsys.readouterr().out
+
+
 def test_a_configuration_without_sizes_is_refused_by_name(tmp_path, capsys):
     path = tmp_path / "mine.yaml"
     path.write_text("preset: digits\n")
@@ -197,5 +206,5 @@ def test_refusals(options, message, capsys):
 
 @pytest.mark.parametrize("model", ["SiT-XL/2", "LightningDiT-XL/1", "LargeDiT-3B/2", "LargeDiT-600M/2"])
 def test_every_family_has_a_plan(model, capsys):
-    assert plan(f"--model={model}", "--gpu=h200", "--policy=ops", "--gpus=8") == 0
+    assert plan(f"--model={model}", "--gpu=h200", "--policy=ops", "--gpus=8", "--batch-size=256") == 0
     assert "256 tokens an image, bf16, global batch 256, on 8 x H200" in capsys.readouterr().out

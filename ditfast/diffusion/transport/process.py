@@ -173,7 +173,7 @@ class Transport:
         return _apply(velocity_of(self.prediction, self.at(t)), x, checked_output(model(x, t, **model_kwargs), x))
 
     def score(self, x: Tensor, t: Tensor, model: Model, **model_kwargs: Any) -> Tensor:
-        """The gradient of log p_t at x (B, C, ...) and t (B,), shaped like x; infinite at t = 1."""
+        """The gradient of log p_t at x (B, C, ...) and t (B,), shaped like x; not finite at t = 1, where sigma is 0."""
         t = checked_times(t, x)
         at = self.at(t)
         by_x, by_pred = noise_of(self.prediction, at)
@@ -191,6 +191,8 @@ class Transport:
 
 def checked_times(t: Tensor, x: Tensor) -> Tensor:
     """t (B,) in the dtype that x is computed in, at least fp32; ValueError where it is not one float per sample."""
+    if not isinstance(t, Tensor):
+        raise ValueError(f"t must be a tensor of ({len(x)},) floats in [0, 1], got {t!r}")
     if t.shape != (len(x),) or not t.is_floating_point():
         raise ValueError(f"t must be ({len(x)},) floats in [0, 1], got shape {tuple(t.shape)} of {t.dtype}")
     if t.device != x.device:

@@ -285,6 +285,12 @@ def test_bad_times(t):
         create_transport().training_losses(lambda x, t: x, torch.ones(3, 2), t=t)
 
 
+@pytest.mark.parametrize("name", ["get_drift", "get_score"])
+def test_a_time_that_is_no_tensor(name):
+    with pytest.raises(ValueError, match=r"t must be a tensor of \(3,\) floats in \[0, 1\], got 0.5"):
+        getattr(create_transport(), name)()(torch.ones(3, 2), 0.5, lambda x, t: x)
+
+
 @pytest.mark.parametrize(
     ("model", "given"), [(lambda x, t: torch.cat([x, x], 1), r"shape \(3, 4\)"), (lambda x, t: (x, None), "a tuple")]
 )

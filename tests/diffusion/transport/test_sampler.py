@@ -348,7 +348,7 @@ def test_bad_arguments(method, arguments, message):
             {"sampling_method": "euler"},
             r"t = \[0.0\]: take sample_eps > 0",
         ),
-        (("Linear",), "sample_sde", {"sampling_method": "Heun", "last_step": None}, "t = .*or a last_step"),
+        (("Linear",), "sample_sde", {"sampling_method": "Heun", "last_step": None}, r"t = \[1.0\]: .*or a last_step"),
         (("Linear",), "sample_sde", {"last_step": "Mean", "last_step_size": 0}, r"t = \[1.0\].*or a last_step"),
     ],
 )
