@@ -225,7 +225,7 @@ SPEC = OpSpec(
         Case("no_tokens", _sizes(2, 0, 0, 3, 32), full=True),
         Case("one_query", _sizes(3, 1, 9, 2, 32), full=True),
         Case("many_keys", _sizes(2, 65, 600, 2, 72), full=True),
-        Case("groups_of_4", _sizes(2, 33, 140, 8, 48, H_kv=2), strided=True, full=True),
+        Case("groups_of_4", _sizes(2, 140, 33, 8, 48, H_kv=2), strided=True, full=True),
         *(Case(f"head_dim_{d}", _sizes(2, 63, 33, 2, d), full=True) for d in (56, 80, 88, 96, 104, 128)),
     ),
     bench=(
