@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Mapping
 from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 import torch
 
@@ -80,10 +81,24 @@ def check_number(op: str, name: str, value: float) -> None:
         raise ValueError(f"{op}: {name} is {value!r}, expected a finite number")
 
 
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Whether this is a whole number; True and False are none."""
+    return isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
+
+
 def check_whole(op: str, name: str, value: int, least: int) -> None:
     """ValueError where this is no whole number, or below `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)) or value < least:
+    if not is_whole(value) or value < least:
         raise ValueError(f"{op}: {name} is {value!r}, expected a whole number of at least {least}")
+
+
+def check_even_heads(op: str, num_heads: int | None, H: int) -> None:
+    """ValueError where num_heads is given beside qkv (B, T, 3, H, head_dim) and is not H."""
+    if num_heads is not None and (not is_whole(num_heads) or num_heads != H):
+        raise ValueError(
+            f"{op}: num_heads is {num_heads!r} and qkv (B, T, 3, H, head_dim) has H={H}; leave num_heads out, or pass "
+            "qkv (B, T, num_heads + 2 kv_heads, head_dim)"
+        )
 
 
 def check_flag(op: str, name: str, value: bool) -> None:

@@ -2,6 +2,7 @@
 
 import torch
 
+from ditfast.kernels.attention.libraries import groups_fuse
 from ditfast.layers.architecture import Architecture
 from ditfast.layers.recompute import policy_of_block
 from ditfast.layers.transformer import DiffusionTransformer
@@ -23,7 +24,8 @@ def block_bytes(
     """Bytes per token that a block leaves behind its forward under none, ops, mlp or block.
 
     `fused` says that norms and activations run on kernels, as on a GPU: their PyTorch form keeps more under `none`.
-    Left out, being below a hundredth at DiT's sizes: statistics of norms and attention, and tensors (B, D).
+    Left out, being below a hundredth at DiT's sizes: statistics of norms and attention, and tensors (B, D). And what
+    below sm_80 comes on top in 16 bits where kv_heads are fewer: k and v repeated, as they are in float32 on any GPU.
     """
     a, d = architecture, architecture.hidden_size
     if policy == "block":
@@ -32,6 +34,8 @@ def block_bytes(
     hidden = 2 * a.mlp_width if a.mlp == "swiglu" else a.mlp_width
     total = d * (streams * stream.itemsize + width * compute.itemsize)
     total += hidden * compute.itemsize if policy != "mlp" else 0
+    if a.kv_heads not in (None, a.num_heads) and not (fused and groups_fuse(compute, a.head_dim)):
+        total += 2 * d * compute.itemsize  # k and v repeated
     if policy != "none":
         return total + _qkv(a) * compute.itemsize
     total += _qkv_and_prepared(a, stream, compute, fused)

@@ -75,6 +75,7 @@ def test_nothing_but_the_inputs_is_kept(draw):
     ({"num_heads": 4}, "num_heads is 4"),
     ({"num_heads": 2.0}, "num_heads is 2.0 and qkv has 4 heads"),
     ({"num_heads": "2"}, "num_heads is '2' and qkv has 4 heads"),
+    ({"qkv": torch.zeros(2, 19, 3, 24), "num_heads": True}, "num_heads is True and qkv has 3 heads"),
     ({"norm": "batch"}, "norm is 'batch', expected one of 'none', 'rms', 'layer'"),
     ({"norm": "rms"}, "q_bias is given, but norm 'rms' has none"),
     ({"norm": "none"}, "q_weight is given, but norm 'none' has none"),

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from .._checks import check_dims, check_floating, check_not_empty, check_number
+from .._checks import check_dims, check_even_heads, check_floating, check_not_empty, check_number, is_whole
 from .._gemm import linear_dtype
 from .._op import Kernels, Op
 from ..peers import transformer_engine_attention, transformer_engine_qkvpacked
@@ -145,14 +145,17 @@ def attention_qkvpacked(
 ) -> torch.Tensor:
     """o (B, T, H, head_dim) of qkv (B, T, 3, H, head_dim), or with num_heads=H of qkv (B, T, H + 2 H_kv, head_dim).
 
-    scale is head_dim^-0.5 by default. ValueError for another shape, heads that do not add up or divide, a dtype that
-    is not floating, or a scale that is not positive; BackendError where the backend cannot run.
+    num_heads may be given for the former too; scale is head_dim^-0.5 by default. ValueError for another shape, heads
+    that do not add up or divide, a dtype that is not floating, or a scale that is not positive; BackendError where the
+    backend cannot run.
     """
     tensors, op = {"qkv": qkv}, _PACKED_OP
-    sizes = check_dims(op.name, EVEN_DIMS if num_heads is None else PACKED_DIMS, tensors)
-    if num_heads is None:
+    one_dim = isinstance(qkv, torch.Tensor) and qkv.ndim == 4
+    sizes = check_dims(op.name, PACKED_DIMS if one_dim else EVEN_DIMS, tensors)
+    if not one_dim:
+        check_even_heads(op.name, num_heads, sizes["H"])
         num_heads = sizes["H"]
-    elif 3 * _check_heads(num_heads, sizes["N"]) == sizes["N"]:
+    elif 3 * (num_heads := _check_heads(num_heads, sizes["N"])) == sizes["N"]:
         qkv = qkv.unflatten(2, (3, num_heads))
     check_not_empty(op.name, sizes, "head_dim")
     check_floating(op.name, tensors)
@@ -164,10 +167,11 @@ def _serve(kv_heads: int, num_heads: int) -> bool:
     return kv_heads == num_heads or (0 < kv_heads < num_heads and num_heads % kv_heads == 0)
 
 
-def _check_heads(num_heads: int, N: int) -> int:
+def _check_heads(num_heads: int | None, N: int) -> int:
     """num_heads; ValueError where N heads of q, k and v cannot be so many of q and twice a divisor of it."""
-    whole = isinstance(num_heads, (int, torch.SymInt)) and 0 < num_heads < N and (N - num_heads) % 2 == 0
-    if not whole or not _serve((N - num_heads) // 2, num_heads):
+    if not (
+        is_whole(num_heads) and num_heads > 0 and (N - num_heads) % 2 == 0 and _serve((N - num_heads) // 2, num_heads)
+    ):
         raise ValueError(
             f"{_PACKED_OP.name}: num_heads is {num_heads!r} and qkv has {N} heads, expected num_heads + 2 kv_heads, "
             "num_heads a multiple of kv_heads; pass the number of q's heads"
@@ -225,7 +229,7 @@ SPEC = OpSpec(
         Case("no_tokens", _sizes(2, 0, 0, 3, 32), full=True),
         Case("one_query", _sizes(3, 1, 9, 2, 32), full=True),
         Case("many_keys", _sizes(2, 65, 600, 2, 72), full=True),
-        Case("groups_of_4", _sizes(2, 33, 140, 8, 48, H_kv=2), strided=True, full=True),
+        Case("groups_of_4", _sizes(2, 140, 33, 8, 48, H_kv=2), strided=True, full=True),
         *(Case(f"head_dim_{d}", _sizes(2, 63, 33, 2, d), full=True) for d in (56, 80, 88, 96, 104, 128)),
     ),
     bench=(

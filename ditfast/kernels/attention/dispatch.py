@@ -39,4 +39,7 @@ def refusal(backend: str, device: torch.device, dtype: torch.dtype, inputs: Sequ
 
 def _grouped(inputs: Sequence[Any]) -> bool:
     """Whether k has fewer heads than q; packed, that is a tensor (B, T, H + 2 H_kv, head_dim)."""
-    return inputs[0].shape[2] != inputs[1].shape[2] if len(inputs) == 3 else len(inputs) == 1 and inputs[0].ndim == 4
+    # In two steps: under torch.compile a comparison of dynamic sizes is a symbol, which no constant can depend on.
+    if len(inputs) == 3 and inputs[0].shape[2] == inputs[1].shape[2]:
+        return False
+    return len(inputs) == 3 or (len(inputs) == 1 and inputs[0].ndim == 4)

@@ -31,13 +31,24 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous() if odd else tensor
 
 
+def groups_fuse(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether PyTorch's fused kernels take grouped heads, from sm_80 on: FA2 and cuDNN do.
+
+    Anything else wants k and v repeated. On a GPU PyTorch would write the weights to memory, and in 16 bits on a CPU
+    it adds up the dk and dv of a group in their dtype, which makes 1.5 times the error with 4 heads.
+    """
+    return dtype in _16_BITS and head_dim <= 256
+
+
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """PyTorch's scaled_dot_product_attention, its own choice of kernel."""
-    grouped = q.shape[2] != k.shape[2]
-    # On a GPU its kernels for grouped heads are FA2 and cuDNN; without them it would write the weights to memory. That
-    # for a CPU adds up the dk and dv of a group in their dtype.
-    if grouped and q.is_cuda and (q.dtype not in _16_BITS or capability(q.device) < 80):
-        k, v, grouped = repeated(k, q.shape[2]), repeated(v, q.shape[2]), False
+    # Set in a branch: under torch.compile a comparison of dynamic sizes is a symbol, which enable_gqa may not be.
+    grouped = False
+    if q.shape[2] != k.shape[2]:
+        if q.is_cuda and groups_fuse(q.dtype, q.shape[-1]) and capability(q.device) >= 80:
+            grouped = True
+        else:
+            k, v = repeated(k, q.shape[2]), repeated(v, q.shape[2])
     if q.is_cuda and not torch.compiler.is_compiling():
         q, k, v = aligned(q), aligned(k), aligned(v)
     return F.scaled_dot_product_attention(

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from .._checks import check_dims, check_flag, check_floating, check_number
+from .._checks import check_dims, check_even_heads, check_flag, check_floating, check_number, is_whole
 from .._op import Kernels, Op
 from .._rows import empty_partials, laid_out, sum_partials
 from .._triton import launch
@@ -137,7 +137,8 @@ def qk_norm_rope(
     or a combination that is not one of these.
     """
     packed = qkv
-    if isinstance(qkv, torch.Tensor) and qkv.ndim == 5 and qkv.shape[2] == 3 and num_heads in (None, qkv.shape[3]):
+    if isinstance(qkv, torch.Tensor) and qkv.ndim == 5 and qkv.shape[2] == 3:
+        check_even_heads(_OP.name, num_heads, qkv.shape[3])
         num_heads, qkv = qkv.shape[3], qkv.flatten(2, 3)
     tensors = dict(zip(DIMS, (qkv, q_weight, k_weight, q_bias, k_bias, cos, sin), strict=True))
     sizes = check_dims(_OP.name, DIMS, tensors, _OP.optional)
@@ -154,7 +155,7 @@ def _check_arguments(
 ) -> None:
     """ValueError for heads that do not add up, half a table, or parameters of a norm that has none."""
     N, head_dim = sizes["N"], sizes["head_dim"]
-    if not isinstance(num_heads, (int, torch.SymInt)) or not 0 < num_heads < N or (N - num_heads) % 2:
+    if not is_whole(num_heads) or not 0 < num_heads < N or (N - num_heads) % 2:
         raise ValueError(
             f"{_OP.name}: num_heads is {num_heads!r} and qkv has {N} heads, expected num_heads + 2 kv_heads; pass the "
             "number of q's heads"

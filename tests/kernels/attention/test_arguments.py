@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ditfast.kernels import BackendError, attention, attention_qkvpacked
+from ditfast.kernels import BackendError, attention, attention_qkvpacked, qk_norm_rope
 
 BACKENDS = ("triton", "sdpa", "reference")
 
@@ -54,10 +54,24 @@ def test_heads_of_k_that_do_not_divide_those_of_q_are_an_error(kv_heads):
         attention(q, k, k)
 
 
-@pytest.mark.parametrize(("num_heads", "N"), ((6, 14), (6, 13), (6, 6), (6, 30), (0, 4), (6.0, 10), ("6", 10)))
+HEADS = ((6, 14), (6, 13), (6, 6), (6, 30), (0, 4), (6.0, 10), ("6", 10), (True, 3), (None, 3))
+
+
+@pytest.mark.parametrize(("num_heads", "N"), HEADS)
 def test_packed_heads_that_do_not_add_up_are_an_error(num_heads, N):
     with pytest.raises(ValueError, match=f"num_heads is {num_heads!r} and qkv has {N} heads, expected num_heads"):
         attention_qkvpacked(torch.ones(1, 4, N, 32), num_heads=num_heads)
+
+
+@pytest.mark.parametrize("op", (attention_qkvpacked, qk_norm_rope))
+def test_heads_given_beside_as_many_of_each_are_those_or_an_error(op, generator):
+    qkv = torch.randn(1, 4, 3, 2, 32, generator=generator)
+    assert torch.equal(op(qkv, num_heads=2), op(qkv))
+    for num_heads in (3, 2.0, "2"):
+        with pytest.raises(ValueError, match=rf"num_heads is {num_heads!r} and qkv \(B, T, 3, H, head_dim\) has H=2"):
+            op(qkv, num_heads=num_heads)
+    with pytest.raises(ValueError, match=r"num_heads is True and qkv \(B, T, 3, H, head_dim\) has H=1"):
+        op(qkv[:, :, :, :1], num_heads=True)
 
 
 @pytest.mark.parametrize("scale", ("x", 0.0, -1.0, float("inf"), float("nan")))

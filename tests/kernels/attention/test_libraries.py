@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ditfast.kernels import BackendError, attention, backend_of
+from ditfast.kernels import BackendError, attention, attention_qkvpacked, backend_of
 from ditfast.kernels.attention import dispatch, libraries
 from ditfast.kernels.attention.reference import attention_ref
 
@@ -132,15 +132,18 @@ def test_flash_attn_gets_the_few_heads_themselves(name, installed, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "capability", "heads"),
+    ("dtype", "capability", "head_dim", "heads"),
     (
-        (torch.bfloat16, 90, KV_HEADS),
-        (torch.float16, 80, KV_HEADS),
-        (torch.float16, 75, HEADS),
-        (torch.float32, 90, HEADS),
+        (torch.bfloat16, 90, 72, KV_HEADS),
+        (torch.float16, 80, 256, KV_HEADS),
+        (torch.float16, 75, 72, HEADS),
+        (torch.float32, 90, 72, HEADS),
+        (torch.bfloat16, 90, 264, HEADS),
     ),
 )
-def test_sdpa_on_a_gpu_gets_few_heads_where_a_fused_kernel_takes_them(dtype, capability, heads, installed, monkeypatch):
+def test_sdpa_on_a_gpu_gets_few_heads_where_a_fused_kernel_takes_them(
+    dtype, capability, head_dim, heads, installed, monkeypatch
+):
     installed("cudnn", capability=capability)
     given, sdpa = [], F.scaled_dot_product_attention
 
@@ -150,7 +153,7 @@ def test_sdpa_on_a_gpu_gets_few_heads_where_a_fused_kernel_takes_them(dtype, cap
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
-    q, k, v = (tensor.detach().to(dtype) for tensor in tensors(kv_heads=KV_HEADS))
+    q, k, v = (tensor.detach().to(dtype).repeat(1, 1, 1, 4)[..., :head_dim] for tensor in tensors(kv_heads=KV_HEADS))
     out = libraries.sdpa(q, k, v, SCALE)
     assert given == [(heads, heads, heads == KV_HEADS)]
     torch.testing.assert_close(
@@ -165,7 +168,8 @@ def test_flash_attn_2_gets_the_packed_tensor_itself(installed, monkeypatch):
     assert libraries.PACKED_FUNCTIONS["flash-attn-2"](qkv, HEADS, SCALE) is qkv
 
 
-def test_cudnn_forces_its_kernel_over_heads_first(monkeypatch):
+def test_cudnn_forces_its_kernel_over_heads_first(installed, monkeypatch):
+    installed("cudnn")
     allowed = {}
 
     def fused(q, k, v, scale, enable_gqa):
@@ -176,6 +180,7 @@ def test_cudnn_forces_its_kernel_over_heads_first(monkeypatch):
         return truth(*(tensor.transpose(1, 2) for tensor in (q, k, v)), scale).transpose(1, 2)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     for kv_heads in (HEADS, KV_HEADS):
         q, k, v = tensors(kv_heads=kv_heads)
         assert torch.equal(libraries.LIBRARIES["cudnn"].run(q, k, v, SCALE), attention_ref(q, k, v, SCALE))
@@ -340,3 +345,48 @@ def test_the_choice_and_the_adapter_compile_without_graph_breaks(installed, monk
 
     out, name = torch.compile(chosen_and_run, fullgraph=True, dynamic=True, backend="eager")(q, k, v)
     assert name == "xformers" and torch.equal(out, attention_ref(q, k, v, SCALE))
+
+
+@pytest.mark.parametrize("kv_heads", (HEADS, KV_HEADS))
+def test_grouped_heads_are_told_under_dynamic_compile(kv_heads, installed, monkeypatch):
+    installed("xformers")
+    torch._dynamo.reset()
+    tried = []
+    monkeypatch.setattr(libraries, "launch_tiny", lambda *args: tried.append(args[-1]))
+
+    def refusal(q, k, v):
+        return q + 1, dispatch.refusal("xformers", GPU, q.dtype, [q, k, v])
+
+    _, why = torch.compile(refusal, fullgraph=True, dynamic=True, backend="eager")(*tensors(kv_heads=kv_heads))
+    assert why is None and tried == [kv_heads < HEADS]
+
+
+@pytest.mark.parametrize("fn", (attention, attention_qkvpacked))
+def test_sdpa_compiles_with_a_dynamic_number_of_heads(fn):
+    """Of one graph after another, its numbers of heads first static, then of any."""
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    for kv_heads, times in ((HEADS, 1), (HEADS, 2), (KV_HEADS, 1), (KV_HEADS, 2)):
+        q, k, v = (tensor.detach().float().repeat(1, 1, times, 1) for tensor in tensors((7, 7, 7), kv_heads))
+        if fn is attention:
+            inputs, options = (q, k, v), {}
+        elif kv_heads == HEADS:
+            inputs, options = (torch.stack((q, k, v), 2),), {}
+        else:
+            inputs, options = (torch.cat((q, k, v), 2),), {"num_heads": q.shape[2]}
+        leaves = [tensor.requires_grad_() for tensor in inputs]
+        results = []
+        for call in (compiled, fn):
+            out = call(*leaves, backend="sdpa", **options)
+            results.append((out, *torch.autograd.grad(out.sum(), leaves)))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("shape", "options"), (((2, 5, 3, 4, 32), {}), ((2, 5, 8, 32), {"num_heads": 4})))
+def test_packed_sdpa_compiles_for_any_shape(shape, options):
+    torch._dynamo.reset()
+    compiled = torch.compile(attention_qkvpacked, fullgraph=True, dynamic=True, backend="aot_eager")
+    qkv = torch.randn(shape)
+    expected = attention_qkvpacked(qkv, backend="sdpa", **options)
+    torch.testing.assert_close(compiled(qkv, backend="sdpa", **options), expected)
