@@ -266,7 +266,10 @@ def memory(rows: Sequence[Row], limits: Ceilings | None = None) -> bytes | None:
 
 
 def scaling(rows: Sequence[Row], limits: Ceilings | None = None) -> bytes | None:
-    """Images per second over the number of ranks, with the linear line and each point's efficiency."""
+    """Images per second over the number of ranks, each point's efficiency, and a dashed line of what 1 would be.
+
+    That of a rank alone with its own share of the machine: on a CPU the ranks have fewer threads the more they are.
+    """
     jobs: dict[str, list[Row]] = {}
     for row in sorted(measured(rows, "scale"), key=lambda row: row.extra["ranks"]):
         jobs.setdefault(f"{row.name.partition(' ranks ')[0]}, {row.dtype}", []).append(row)
@@ -279,10 +282,11 @@ def scaling(rows: Sequence[Row], limits: Ceilings | None = None) -> bytes | None
             ranks = [row.extra["ranks"] for row in mine]
             rates = [row.extra["images_per_s"] for row in mine]
             axes.plot(ranks, rates, "o-", color=colour, ms=8, label=name)
-            axes.plot(ranks, [rates[0] * r / ranks[0] for r in ranks], "--", color=colour, lw=1, alpha=0.6)
+            alone = [rate / (row.extra["efficiency"] or 1) for row, rate in zip(mine, rates, strict=True)]
+            axes.plot(ranks, alone, "--", color=colour, lw=1, alpha=0.6)
             for row, x, y in list(zip(mine, ranks, rates, strict=True))[1:]:
                 share = row.extra.get("communication_share")
-                text = f"{row.extra['efficiency']:.0%} of linear"
+                text = f"efficiency {row.extra['efficiency']:.0%}"
                 text += "" if share is None else f",\n{share:.0%} communication"
                 axes.annotate(text, (x, y), xytext=(8, -4), size=9, va="top", **POINTS)
         axes.set_xticks(sorted({row.extra["ranks"] for mine in jobs.values() for row in mine}))
@@ -290,8 +294,8 @@ def scaling(rows: Sequence[Row], limits: Ceilings | None = None) -> bytes | None
         low, high = axes.get_xlim()
         axes.set_xlim(low, high + 0.35 * (high - low))
         axes.grid(alpha=0.25)
-        axes.set(xlabel="ranks", ylabel="images per second", title="Scaling (dashed: linear)")
-        axes.legend()
+        axes.set(xlabel="ranks", ylabel="images per second", title="Scaling (dashed: at an efficiency of 1)")
+        axes.legend(loc="lower right")
         return png(figure)
 
 

@@ -177,9 +177,10 @@ def test_models_of_one_precision_have_a_panel_each(rows, drawn):
     assert len(titles) == len(set(titles)) and {"SiT" in title for title in titles} == {True, False}
 
 
-def test_scaling_shows_the_rates_and_the_linear_line(rows, drawn):
-    lines = drawn["scaling"](rows, LIMITS).axes[0].lines
-    assert [list(line.get_ydata()) for line in lines] == [[10, 20], [10, 20]]
+def test_scaling_shows_the_rates_and_those_of_ranks_that_do_not_wait(rows, drawn):
+    axes = drawn["scaling"](rows, LIMITS).axes[0]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[10, 20], [12.5, 25]]
+    assert [text.get_text() for text in axes.texts] == ["efficiency 80%,\n10% communication"]
 
 
 @pytest.mark.parametrize("name", tables.TABLES)
