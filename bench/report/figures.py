@@ -295,7 +295,7 @@ def scaling(rows: Sequence[Row], limits: Ceilings | None = None) -> bytes | None
         axes.set_xlim(low, high + 0.35 * (high - low))
         axes.grid(alpha=0.25)
         axes.set(xlabel="ranks", ylabel="images per second", title="Scaling (dashed: at an efficiency of 1)")
-        axes.legend(loc="lower right")
+        axes.legend(loc="lower left")
         return png(figure)
 
 
