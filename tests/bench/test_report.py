@@ -107,6 +107,7 @@ def test_a_figure_is_a_picture_of_its_rows_and_nothing_without(name, rows):
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_no_text_of_a_figure_is_cut_off_or_lies_on_another(name, rows, drawn):
     figure = drawn[name](rows, LIMITS)
+    figure.canvas.draw()  # what puts a legend in its place
     width, height = figure.bbox.size
     boxes = []
     for text in figure.findobj(lambda artist: hasattr(artist, "get_text") and artist.get_visible()):
