@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict, replace
 
 import pytest
+from matplotlib.text import Text
 
 from bench.machine import ROOT
 from bench.report import figures, page, tables, targets
@@ -107,10 +108,9 @@ def test_a_figure_is_a_picture_of_its_rows_and_nothing_without(name, rows):
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_no_text_of_a_figure_is_cut_off_or_lies_on_another(name, rows, drawn):
     figure = drawn[name](rows, LIMITS)
-    figure.canvas.draw()  # what puts a legend in its place
     width, height = figure.bbox.size
     boxes = []
-    for text in figure.findobj(lambda artist: hasattr(artist, "get_text") and artist.get_visible()):
+    for text in figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_visible()):
         box = text.get_window_extent()
         if text.get_text().strip() and box.width and text.axes is not None:
             assert box.x0 + 1 >= 0 and box.x1 <= width + 1 and box.y0 + 1 >= 0 and box.y1 <= height + 1, text
