@@ -111,7 +111,7 @@ class SampleConfig:
     diffusion_form: how the noise that an SDE adds depends on t.
     """
 
-    sampler: str | None = None  # ddpm, ddim, dpm-solver++, diffusers:CLASS; of process sit ode, sde; null: the first
+    sampler: str | None = None  # ddpm, ddim, dpm-solver++, of sit ode, sde; diffusers:CLASS; null: the first
     steps: int = 250  # of the sampler
     guidance_scale: float = 4.0  # 1 is no guidance
     guidance_channels: int | None = 3  # the official form guides 3 channels; null guides all
@@ -119,7 +119,7 @@ class SampleConfig:
     eta: float = 0.0  # DDIM's noise level
     clip_denoised: bool = False  # clips the predicted x_0 to [-1, 1], as of images
     method: Literal["euler", "heun", "dopri5"] = "euler"  # of ode and sde; dopri5, of ode, chooses its steps itself
-    timestep_shift: float = 1.0  # of ode and sde: below 1, steps are denser near the noise
+    timestep_shift: float = 1.0  # of sit: below 1, steps are denser near the noise
     diffusion_form: Literal["constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing"] = "sigma"
     diffusion_norm: float = 1.0  # with the form: how much noise an SDE adds
     last_step: Literal["none", "Mean", "Tweedie", "Euler"] = "Mean"  # of an SDE, without noise
@@ -165,13 +165,14 @@ LIMITS: dict[str, tuple[float, float]] = {  # the smallest and the largest value
 }  # fmt: skip
 
 
-# The process that a sampler is of, and the samplers that an option of SampleConfig is for.
-SAMPLERS = {
-    "ddpm": "ddpm", "ddim": "ddpm", "ode": "sit", "sde": "sit", "dpm-solver++": "ddpm", "diffusers": "ddpm",
+# The processes that a sampler is of, and the samplers that an option of SampleConfig is for.
+SAMPLERS: dict[str, tuple[str, ...]] = {
+    "ddpm": ("ddpm",), "ddim": ("ddpm",), "ode": ("sit",), "sde": ("sit",), "dpm-solver++": ("ddpm",),
+    "diffusers": ("ddpm", "sit"),
 }  # fmt: skip
 SAMPLER_OPTIONS = {
     "eta": ("ddim",), "clip_denoised": ("ddpm", "ddim", "dpm-solver++", "diffusers"),
-    "method": ("ode", "sde"), "timestep_shift": ("ode", "sde"),
+    "method": ("ode", "sde"), "timestep_shift": ("ode", "sde", "diffusers"),
     **dict.fromkeys(("diffusion_form", "diffusion_norm", "last_step", "last_step_size"), ("sde",)),
 }  # fmt: skip
 
@@ -245,11 +246,12 @@ class RunConfig:
             raise ConfigError(
                 f"sample.sampler must be one of {', '.join(SAMPLERS)}:CLASS, got {name!r}{nearest(name, SAMPLERS)}"
             )
-        if SAMPLERS[kind] != self.process:
-            own = ", ".join(known for known, process in SAMPLERS.items() if process == self.process)
+        if self.process not in SAMPLERS[kind]:
+            own = ", ".join(known for known, processes in SAMPLERS.items() if self.process in processes)
+            (owner,) = SAMPLERS[kind]
             raise ConfigError(
-                f"sample.sampler {name} is of process {SAMPLERS[kind]}, but process is {self.process}, which has {own}"
-                f"; take one of these, or --process {SAMPLERS[kind]}"
+                f"sample.sampler {name} is of process {owner}, but process is {self.process}, which has {own}"
+                f"; take one of these, or --process {owner}"
             )
         for option, value in _changed(options):
             if kind not in (owners := SAMPLER_OPTIONS.get(option, (kind,))):
@@ -267,7 +269,7 @@ class RunConfig:
     @property
     def sampler(self) -> str:
         """The sampler by name; by default the process's first."""
-        return self.sample.sampler or next(name for name, process in SAMPLERS.items() if process == self.process)
+        return self.sample.sampler or next(name for name, processes in SAMPLERS.items() if self.process in processes)
 
     @property
     def precision(self) -> Precision:

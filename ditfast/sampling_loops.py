@@ -49,6 +49,8 @@ def build_loop(config: RunConfig, learn_sigma: bool) -> Loop:
     """
     options, name = config.sample, config.sampler
     if config.process == "sit":
+        if name.startswith("diffusers:"):
+            return _of_flow(name.removeprefix("diffusers:"), config)
         return _of_transport(config)
     if name in ("ddpm", "ddim"):
         respacing = f"ddim{options.steps}" if name == "ddim" else str(options.steps)
@@ -145,14 +147,9 @@ def diffusers_scheduler(name: str, diffusion: SpacedDiffusion, config: RunConfig
     ConfigError where it is missing, of another kind, or cannot step from what the network predicts.
     What it does not take from the process has its own defaults, the spacing of its timesteps for instance.
     """
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ConfigError(f"sample.sampler diffusers:{name} needs diffusers: pip install 'diffusers>=0.31'") from error
-    known = [n for n in dir(diffusers) if n.endswith("Scheduler")]
-    if name not in known:
-        raise ConfigError(f"sample.sampler: diffusers has no scheduler {name!r}{nearest(name, known)}")
-    cls = getattr(diffusers, name)
+    cls = _scheduler_class(name)
+    if config.sample.timestep_shift != 1:
+        raise ConfigError(f"sample.timestep_shift is for process sit; leave it at 1 with diffusers' {name}")
     accepted = inspect.signature(cls.__init__).parameters
     if not {"trained_betas", "prediction_type"} <= set(accepted):
         raise ConfigError(f"sample.sampler: diffusers' {name} is not for noise by betas, as process ddpm has it")
@@ -176,6 +173,58 @@ def diffusers_scheduler(name: str, diffusion: SpacedDiffusion, config: RunConfig
         kind = "x_0" if config.diffusion.predict_xstart else "epsilon"
         raise ConfigError(f"sample.sampler: diffusers' {name} cannot step from a predicted {kind}: {error}") from error
     return scheduler
+
+
+def _scheduler_class(name: str) -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ConfigError(f"sample.sampler diffusers:{name} needs diffusers: pip install 'diffusers>=0.31'") from error
+    known = [n for n in dir(diffusers) if n.endswith("Scheduler")]
+    if name not in known:
+        raise ConfigError(f"sample.sampler: diffusers has no scheduler {name!r}{nearest(name, known)}")
+    return getattr(diffusers, name)
+
+
+def _of_flow(name: str, config: RunConfig) -> Loop:
+    """The loop of a scheduler of diffusers for flow matching: noise at sigma x + (1 - sigma) data, SiT's Linear path.
+
+    Its sigma is 1 - t and its prediction noise - data, the negative of SiT's velocity.
+    """
+    cls, options, transport = _scheduler_class(name), config.sample, config.transport
+    if not name.startswith("FlowMatch"):
+        raise ConfigError(
+            f"sample.sampler: diffusers' {name} is not for flows, as process sit has them: FlowMatch... is"
+        )
+    if (transport.path, transport.prediction) != ("Linear", "velocity"):
+        found = f"of path {transport.path} predicts {transport.prediction}"
+        raise ConfigError(
+            f"sample.sampler: diffusers' {name} steps by the velocity of a Linear path, this transport {found}"
+        )
+    if options.clip_denoised:
+        raise ConfigError(f"sample.clip_denoised: diffusers' {name} does not clip; set it to false")
+    # t -> s t / (1 + (s - 1) t) for t is the same with 1 / s for sigma.
+    scheduler = cls(shift=1 / options.timestep_shift)
+    scheduler.set_timesteps(options.steps)
+    times = list(dict.fromkeys(_flow_time(scheduler, t) for t in scheduler.timesteps))
+    return Loop(partial(_by_flow, scheduler, options.steps), times, 1.0)
+
+
+def _flow_time(scheduler: Any, timestep: Tensor) -> float:
+    return 1 - timestep.item() / scheduler.config.num_train_timesteps
+
+
+def _by_flow(scheduler: Any, steps: int, model: Model, y: Tensor, noise: Noise, run_step: StepRunner | None) -> Tensor:
+    """diffusers' own loop; it keeps state, so each batch begins anew."""
+    x = noise()
+    scheduler.set_timesteps(steps, device=x.device)
+    options = _noise_of(scheduler, noise.generators)
+    for timestep in scheduler.timesteps:
+        t = _flow_time(scheduler, timestep)
+        with torch.no_grad():
+            velocity = at_timestep(model, t)(x, torch.full((len(x),), t, device=x.device), y=y)
+        x = scheduler.step(-velocity, timestep, x, **options).prev_sample
+    return x
 
 
 def _noise_of(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from ditfast.build import build_diffusion
 from ditfast.config import ConfigError, DiffusionConfig, RunConfig, SampleConfig
 from ditfast.diffusion.dpm_solver import DpmSolver
 from ditfast.sample import SampleNoise, cycle_labels, draw, prepare
+from tests import test_sit
 from tests.test_sample import CPU, network
 
 LABELS = cycle_labels(3, None, 5)
@@ -71,6 +72,49 @@ def test_a_scheduler_takes_the_network_that_predicts_x_0_as_such(name):
     close(draw(net, config(f"diffusers:{name}", {"predict_xstart": True}), LABELS), expected)
 
 
+FLOWS = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"]
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_flow_scheduler_of_diffusers_draws_a_sit_as_its_own_loop_does(name):
+    cls, net = getattr(pytest.importorskip("diffusers"), name, None), test_sit.network()
+    if cls is None:
+        pytest.skip(f"this diffusers has no {name}")
+    noise, scheduler = SampleNoise(0, range(3), (4, 8, 8), CPU), cls(shift=4.0)
+    x = noise()
+    scheduler.set_timesteps(6)
+    options = {"generator": noise.generators} if "LCM" in name else {}
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            velocity = net.model(x, 1 - t.expand(3) / 1000, LABELS)
+        x = scheduler.step(-velocity, t, x, **options).prev_sample
+    for batch_size in (3, 2):
+        options = {"sampler": f"diffusers:{name}", "timestep_shift": 0.25, "batch_size": batch_size}
+        close(draw(net, test_sit.config(steps=6, guidance_scale=1.0, **options), LABELS), x)
+
+
+def test_a_flow_scheduler_solves_the_ode_of_the_transport():
+    pytest.importorskip("diffusers")
+    net = test_sit.network()
+    ode, flow = (
+        draw(net, test_sit.config(sampler=name, steps=300, guidance_channels=None), LABELS)
+        for name in ("ode", "diffusers:FlowMatchEulerDiscreteScheduler")
+    )
+    close(flow, ode, 0.01)
+
+
+@pytest.mark.parametrize(("name", "transport", "options", "message"), [
+    ("DDIMScheduler", {}, {}, "DDIMScheduler is not for flows"),
+    (FLOWS[0], {"path": "GVP"}, {}, "steps by the velocity of a Linear path, this transport of path GVP"),
+    (FLOWS[0], {"prediction": "noise"}, {}, "Linear path, this transport of path Linear predicts noise"),
+    (FLOWS[0], {}, {"clip_denoised": True}, "FlowMatchEulerDiscreteScheduler does not clip"),
+])  # fmt: skip
+def test_a_flow_scheduler_that_cannot_sample_says_why(name, transport, options, message):
+    pytest.importorskip("diffusers")
+    with pytest.raises(ConfigError, match=message):
+        prepare(test_sit.network(), test_sit.config(transport, sampler=f"diffusers:{name}", **options))
+
+
 def test_guidance_and_the_interval_reach_diffusers():
     pytest.importorskip("diffusers")
     name, net = "diffusers:DDIMScheduler", network()
@@ -126,6 +170,7 @@ def test_a_scheduler_that_cannot_sample_is_named(name, diffusion, message):
     ("dpm-solver++", {"steps": 1000}, "dpm-solver[+][+] takes 1 .. 999 steps of a process of 1000, got 1000"),
     ("diffusers:DDIMSchedler", {}, "diffusers has no scheduler 'DDIMSchedler'. Did you mean 'DDIMScheduler'"),
     ("diffusers:FlowMatchEulerDiscreteScheduler", {}, "is not for noise by betas"),
+    ("diffusers:DDIMScheduler", {"timestep_shift": 0.3}, "timestep_shift is for process sit; leave it at 1"),
     ("diffusers:EulerDiscreteScheduler", {"clip_denoised": True}, "EulerDiscreteScheduler does not clip; set it to"),
 ])  # fmt: skip
 def test_what_cannot_be(sampler, options, message):
