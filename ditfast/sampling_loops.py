@@ -194,7 +194,7 @@ def _of_flow(name: str, config: RunConfig) -> Loop:
     cls, options, transport = _scheduler_class(name), config.sample, config.transport
     if not name.startswith("FlowMatch"):
         raise ConfigError(
-            f"sample.sampler: diffusers' {name} is not for flows, as process sit has them: FlowMatch... is"
+            f"sample.sampler: diffusers' {name} is not for flows, as process sit has them; take a FlowMatch... one"
         )
     if (transport.path, transport.prediction) != ("Linear", "velocity"):
         found = f"of path {transport.path} predicts {transport.prediction}"
